@@ -159,6 +159,13 @@ def test_workers_use_an_executor_that_the_platform_supports() -> None:
     assert arguments.platform_defaults(config(), on_cpu=False, in_ray=True) == {}
 
 
+def test_rays_executor_is_refused_on_cpus() -> None:
+    chosen = config(engine_args={"distributed_executor_backend": "ray"})
+    arguments.platform_defaults(chosen, on_cpu=False, in_ray=True)
+    with pytest.raises(ConfigError, match="distributed_executor_backend is 'ray', which vLLM"):
+        arguments.platform_defaults(chosen, on_cpu=True, in_ray=True)
+
+
 def test_bfloat16_is_avoided_on_cpus_that_emulate_it() -> None:
     for native, dtype in [(True, "auto"), (False, "float32")]:
         defaults = arguments.platform_defaults(

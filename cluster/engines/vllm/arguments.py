@@ -22,9 +22,18 @@ _COMPACT_BACKENDS = ("auto", "xgrammar", "guidance")  # those with ``disable_any
 def platform_defaults(
     config: GeneratorConfig, *, on_cpu: bool, in_ray: bool, native_bfloat16: bool = True
 ) -> dict[str, Any]:
-    """Return arguments that apply where the configuration does not set them."""
+    """Return arguments that apply where the configuration does not set them.
+
+    Raises:
+        ConfigError: ``engine_args`` has the executor ``ray`` on CPUs.
+    """
     parallel = config.num_workers > 1
     if on_cpu:
+        if config.engine_args.get("distributed_executor_backend") == "ray":
+            raise ConfigError(
+                f"generator {config.name!r}: engine_args.distributed_executor_backend is 'ray', "
+                "which vLLM supports on GPUs only; remove it"
+            )
         # Eager mode with a fixed cache size skips vLLM's warm-up.
         eager = config.engine_args.get("enforce_eager", True)
         return {
