@@ -61,7 +61,8 @@ def kill(find: Find) -> Inject:
     def inject(testbed: Testbed, rng: random.Random) -> Condition:
         process = find(testbed, rng)
         # The replica of an engine's process; the process itself if it belongs to no other.
-        owner = processes.environment_of(process.pid).get(PARENT_VARIABLE, str(process.pid))
+        default = process.ppid() if process.ppid() in testbed.pids() else process.pid
+        owner = processes.environment_of(process.pid).get(PARENT_VARIABLE, str(default))
         process.kill()
         with contextlib.suppress(psutil.NoSuchProcess):
             while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:

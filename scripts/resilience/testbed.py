@@ -20,7 +20,6 @@ from benchmarks.ports import free_ports
 from benchmarks.targets.home import ROOT, Home
 from benchmarks.targets.tandem import TANDEM
 from cluster.config.file import IMPORT_PATH
-from cluster.engines.lifeline import PARENT_VARIABLE
 from cluster.launch import processes
 from cluster.launch.serve_api import APPLICATIONS, ApplicationStatus, DeploymentStatus, ServeApi
 from cluster.launch.state import ClusterState, load
@@ -204,10 +203,10 @@ class Testbed:
         Raises:
             TargetError: There is no such process.
         """
-        pid = str(self.replica(GENERATOR, rng).pid)
+        pid = self.replica(GENERATOR, rng).pid
         for process in self.owned():
             with contextlib.suppress(psutil.Error):
-                is_child = processes.environment_of(process.pid).get(PARENT_VARIABLE) == pid
+                is_child = process.ppid() == pid
                 if is_child and "resource_tracker" not in " ".join(process.cmdline()):
                     return process
         raise TargetError(f"Found no engine process of the replica {pid}.")

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from cluster.engines.lifeline import PARENT_VARIABLE
+from cluster.engines.vllm.forking import ENGINE_TITLE
 
 
 def engines_of_this_process() -> list[psutil.Process]:
@@ -25,7 +26,10 @@ def engines_of_cluster(home: Path) -> list[psutil.Process]:
     for process in without_trackers(list(psutil.process_iter())):
         with contextlib.suppress(psutil.Error):
             environ = process.environ()
-            started_by_replica = environ.get(PARENT_VARIABLE) == str(process.ppid())
+            # A forked engine has the environment with which its replica was started.
+            started_by_replica = environ.get(PARENT_VARIABLE) == str(process.ppid()) or (
+                " ".join(process.cmdline()).startswith(ENGINE_TITLE)
+            )
             if started_by_replica and environ.get("TANDEM_HOME") == str(home):
                 found.append(process)
     return found

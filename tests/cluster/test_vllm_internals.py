@@ -48,8 +48,8 @@ def defines(named: Any, attribute: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("module", internals.APP_MODULES)
-def test_module_of_the_application_exists(module: str) -> None:
+@pytest.mark.parametrize("module", internals.ENGINE_MODULES)
+def test_module_that_is_imported_early_exists(module: str) -> None:
     importlib.import_module(module)
 
 

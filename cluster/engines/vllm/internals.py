@@ -70,6 +70,7 @@ _REPLIES = {
 
 NAMES = {
     # Start of the engine
+    "engine_utils": "vllm.v1.engine.utils",  # get_mp_context
     "AsyncEngineArgs": "vllm.engine.arg_utils:AsyncEngineArgs",  # arguments -> VllmConfig
     "AsyncLLM": "vllm.v1.engine.async_llm:AsyncLLM",
     "EngineDeadError": "vllm.v1.engine.exceptions:EngineDeadError",  # raised by check_health
@@ -232,6 +233,15 @@ APP_MODULES = (
     "vllm.entrypoints.serve",
 )
 """Modules that the application imports; loaded early, while the engine's process starts."""
+
+ENGINE_MODULES = (
+    *APP_MODULES,  # while the engine's process starts, importing them would be faster but unsafe
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.llama",  # used by most other decoders
+    "vllm.v1.attention.backends.cpu_attn",
+)
+"""Modules that the engine's process imports on CPUs; loaded before it is forked."""
 
 
 def __getattr__(name: str) -> Any:

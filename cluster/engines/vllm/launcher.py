@@ -7,8 +7,8 @@ import os
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import psutil
 
 from cluster.config import GeneratorConfig
 from cluster.engines.startup import StartupTimer, gc_disabled
-from cluster.engines.vllm import arguments, environment, internals
+from cluster.engines.vllm import arguments, environment, forking, internals
 from cluster.engines.vllm.journal import resume_key
 from cluster.engines.vllm.parser_choice import set_parsers
 from cluster.engines.vllm.worker_watch import watch_workers
@@ -124,6 +124,9 @@ class LlmLauncher:
             _kill(processes)
 
     def _start_llm(self, make_stat_loggers: Callable[[], list[Any]]) -> StartedLlm:
+        may_fork = forking.may_fork(os.environ, self._config)
+        if may_fork:  # on CPUs, the engine's process computes with Intel's OpenMP
+            forking.load_first(environment.preload_environment(os.environ).get("LD_PRELOAD", ""))
         model_paths = self._model_path, *self._adapter_paths.values()
         self._environment.set_defaults(environment.base_environment(*model_paths))
         self.timer = StartupTimer()
@@ -138,14 +141,12 @@ class LlmLauncher:
         self.timer.mark("configuration")
         if self.is_stopping:
             raise EngineDeadError("the engine was stopped while it started")
-        # The application's modules are imported while the engine's process starts.
-        imports = threading.Thread(target=_import_app, name="vllm-imports")
-        imports.start()
+        forks = may_fork and bool(internals.current_platform.is_cpu())
         try:
-            llm = async_llm.from_vllm_config(vllm_config, stat_loggers=make_stat_loggers())
+            with forking.forked_engine() if forks else _app_imports():
+                llm = async_llm.from_vllm_config(vllm_config, stat_loggers=make_stat_loggers())
         except Exception as error:
             raise EngineDeadError(f"vLLM's engine did not start: {error}") from error
-        imports.join()
         self.timer.mark("engine process and model")
         return StartedLlm(llm, args, kv_events_endpoint)
 
@@ -205,6 +206,15 @@ class LlmLauncher:
             enable_kv_cache_events=True, endpoint=endpoint
         )
         return args, endpoint
+
+
+@contextmanager
+def _app_imports() -> Iterator[None]:
+    """Import the application's modules meanwhile."""
+    imports = threading.Thread(target=_import_app, name="vllm-imports")
+    imports.start()
+    yield
+    imports.join()
 
 
 def _import_app() -> None:

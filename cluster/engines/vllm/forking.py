@@ -1,0 +1,100 @@
+"""Start of vLLM's engine process as a fork of the replica, which has imported its modules.
+
+In a Ray actor vLLM spawns the process, which then imports everything again: ten seconds of CPU
+time, and as much memory as in the replica. A fork shares what the replica has imported.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.config import GeneratorConfig
+from cluster.engines.lifeline import bind_to_parent
+from cluster.engines.vllm import internals
+
+METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"
+"""vLLM's environment variable; if the user sets it, the engine's process is not forked."""
+ENGINE_TITLE = "VLLM::EngineCore"
+_PR_SET_NAME = 15  # linux/prctl.h
+
+
+def may_fork(environment: Mapping[str, str], config: GeneratorConfig) -> bool:
+    """Return True if the engine's process can be a fork of this one, on CPUs.
+
+    A GPU that this process has initialised does not work in a fork, nor may threads of OpenMP. And
+    vLLM spawns several workers in any case. Call this before anything of vLLM is imported.
+    """
+    has_computed = "torch" in sys.modules
+    return METHOD_VARIABLE not in environment and config.num_workers == 1 and not has_computed
+
+
+def load_first(preload: str) -> None:
+    """Load libraries whose symbols take precedence over those of libraries loaded later.
+
+    This does for a running process what LD_PRELOAD does for one that it starts.
+    """
+    for library in filter(None, preload.split(":")):
+        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+
+
+@contextlib.contextmanager
+def forked_engine() -> Iterator[None]:
+    """Import the engine's modules, and let vLLM fork its process meanwhile.
+
+    No other thread may import modules: a fork would wait forever for one that is half imported.
+    """
+    for module in internals.ENGINE_MODULES:
+        importlib.import_module(module)
+    utils = internals.engine_utils
+    original = utils.get_mp_context
+    utils.get_mp_context = ForkContext
+    try:
+        yield
+    finally:
+        utils.get_mp_context = original
+
+
+class ForkContext:
+    """The part of a context of ``multiprocessing`` that vLLM uses to start an engine."""
+
+    def Process(  # noqa: N802
+        self, *, target: Callable[..., None], name: str, kwargs: dict[str, Any]
+    ) -> Any:
+        context = multiprocessing.get_context("fork")
+        return context.Process(target=_run, args=(target,), name=name, kwargs=kwargs)
+
+
+def _run(target: Callable[..., None], **kwargs: Any) -> None:
+    bind_to_parent()  # vLLM's plugins, which do this elsewhere, are loaded already
+    set_title(ENGINE_TITLE)
+    _restore_output()
+    target(**kwargs)
+
+
+def _restore_output() -> None:
+    """Write to this process' output instead of the replica's log, which two must not write to."""
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
+    for handler in logging.getLogger("vllm").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stdout)
+
+
+def set_title(title: str) -> None:
+    """Set the title of this process.
+
+    setproctitle, which vLLM uses, cannot: Ray has overwritten the arguments by which it finds their
+    place.
+    """
+    # Fields arg_start and arg_end in proc(5).
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    encoded = title.encode()
+    ctypes.memmove(start, encoded[: end - start - 1].ljust(end - start, b"\0"), end - start)
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, encoded, 0, 0, 0)
