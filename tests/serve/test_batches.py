@@ -255,6 +255,20 @@ async def test_a_lost_router_is_followed_by_another_with_one_result_per_line(
         assert len(replica.bodies) == 5  # only those without a result
 
 
+async def test_one_router_runs_a_batch_that_all_routers_show(place: Place) -> None:
+    async with (
+        gateway_world(batch_store=place.open()) as one,
+        gateway_world(batch_store=place.open()) as two,
+    ):
+        replicas = [await world.add("gen", "gen-1") for world in (one, two)]
+        id_ = (await create(one, await upload(one, [line(n) for n in range(10)]))).json()["id"]
+        for world in (two, one):
+            batch = await until(world, id_, "completed")
+            found = await results(world, batch["output_file_id"])
+            assert [each["custom_id"] for each in found] == [f"c{n}" for n in range(10)]
+        assert sorted(len(replica.bodies) for replica in replicas) == [0, 10]
+
+
 async def test_without_its_database_batches_answer_503(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
