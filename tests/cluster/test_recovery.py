@@ -1,6 +1,5 @@
 """Recovery from a killed engine and a killed replica, without hanging requests or processes."""
 
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -12,12 +11,15 @@ import openai
 import psutil
 import pytest
 
+from tests.cluster.batch_runs import submit
 from tests.cluster.conftest import RunningCluster, wait_until, wait_until_ready
 from tests.cluster.engine_processes import engines_of_cluster, has_ended
 
 MODEL = "smollm2"
 MAX_TOKENS = 300
 """Tokens of an answer whose engine dies long before its end."""
+LINE_TOKENS = 60
+"""Tokens of an answer to a line of a batch."""
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -147,44 +149,26 @@ def router_process(cluster: RunningCluster) -> psutil.Process:
 
 
 def test_a_batch_continues_after_its_router_was_killed(cluster: RunningCluster) -> None:
-    bodies = [{"model": MODEL, "prompt": "Count: 1", "max_tokens": 30} for _ in range(12)]
-    url = "/v1/completions"
-    lines = [
-        json.dumps({"custom_id": str(number), "method": "POST", "url": url, "body": body})
-        for number, body in enumerate(bodies)
-    ]
     with httpx.Client(base_url=cluster.http_url, timeout=60) as http:
         wait_until_ready(http)
-    url_v1 = f"{cluster.http_url}/v1"
-    with openai.OpenAI(base_url=url_v1, api_key="none", max_retries=10) as client:
-        content = "\n".join(lines).encode()
-        file = client.files.create(file=("in.jsonl", content), purpose="batch")
-        created = client.batches.create(
-            input_file_id=file.id, endpoint=url, completion_window="24h"
-        )
-
-        def counts() -> tuple[str, int]:
-            batch = client.batches.retrieve(created.id)
-            assert batch.request_counts is not None
-            return batch.status, batch.request_counts.completed
-
+        batch = submit(http, cluster.http_url, 12 * [MODEL], LINE_TOKENS)
         router = router_process(cluster)
-        wait_until(lambda: counts()[1] > 0, 120, "the first line")
+        batch.wait_for_lines(cluster.http_url)
         router.kill()
-        wait_until(lambda: counts() == ("completed", 12), 240, "the batch")
-        output = client.batches.retrieve(created.id).output_file_id
-        assert output is not None
-        answers = [json.loads(each) for each in client.files.content(output).text.splitlines()]
-        assert sorted(int(each["custom_id"]) for each in answers) == list(range(12))
-        assert all(each["response"]["body"]["usage"]["completion_tokens"] for each in answers)
+        batch.check_results(cluster.http_url, LINE_TOKENS)
 
 
 def test_a_killed_replica_takes_its_engine_with_it(cluster: RunningCluster) -> None:
+    """A batch goes on at the new replica."""
     (engine,) = engines_of_cluster(cluster.home)
     replica = engine.parent()
     assert replica is not None
-    replica.kill()
-    wait_until(lambda: has_ended(engine), 60, "the end of the engine")
     with httpx.Client(base_url=cluster.http_url, timeout=180) as http:
+        wait_until_ready(http)
+        batch = submit(http, cluster.http_url, 12 * [MODEL], LINE_TOKENS)
+        batch.wait_for_lines(cluster.http_url)
+        replica.kill()
+        wait_until(lambda: has_ended(engine), 60, "the end of the engine")
         wait_until_answered(http, {"model": MODEL, "prompt": "a", "max_tokens": 4})
+        batch.check_results(cluster.http_url, LINE_TOKENS)
         wait_until_ready(http)
