@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import openai
+import psycopg
 import pytest
 import yaml
 
@@ -19,6 +21,7 @@ from cluster.launch import processes
 from cluster.launch.starter import HEAD_KEY
 from cluster.link import tls_contexts
 from cluster.models import store
+from tests.cluster.batch_runs import submit
 from tests.cluster.conftest import serve_config, sim_generator
 from tests.cluster.nodes import (
     HTTP_PORT,
@@ -37,6 +40,10 @@ from tests.cluster.tiny_llama import make_tiny_llama
 CHAT = {"model": "sim", "messages": [{"role": "user", "content": "Count."}], "max_tokens": 20}
 LONG = {**CHAT, "max_tokens": 100}
 """Two seconds, so that a node that dies has answers in progress."""
+LINE_MODELS = ["sim", "tiny"] * 4
+"""Models of a batch's lines."""
+LINE_TOKENS = 100
+"""Two seconds of the simulated engine."""
 PARTITION_S = 12.0
 """Longer than the 10 s of silence after which routers give a link up."""
 
@@ -54,10 +61,10 @@ def _problem() -> str | None:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(tmp_path_factory: pytest.TempPathFactory, postgres: str) -> Path:
     directory = tmp_path_factory.mktemp("config")
     make_tiny_llama(directory / "tiny", store.resolve("smollm2-135m-instruct"))
-    return write_config(directory)
+    return write_config(directory, postgres)
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +80,11 @@ def nodes(config: Path) -> Iterator[Network]:
         yield net
 
 
-def write_config(directory: Path) -> Path:
+def write_config(directory: Path, database: str) -> Path:
     """Write a configuration whose router and simulated generator have a replica on each node.
 
-    With one logical CPU per node, a node cannot hold two replicas of either.
+    With one logical CPU per node, a node cannot hold two replicas of either. ``database`` keeps the
+    batches; all nodes reach it by a socket in the file system.
     """
     replicas = {"min": 2, "max": 2}
     router = {"replicas": replicas, "resources": {"cpus": 0.55}}
@@ -98,7 +106,11 @@ def write_config(directory: Path) -> Path:
     config = serve_config(
         generators=[sim, tiny],
         classifiers=[classifier],
-        router={**router, "operator_keys_sha256": [OPERATOR_SHA256]},
+        router={
+            **router,
+            "operator_keys_sha256": [OPERATOR_SHA256],
+            "batches": {"database": database},
+        },
         cluster={"num_cpus": 1},
     )
     path = directory / "config.yaml"
@@ -245,6 +257,33 @@ def test_keys_apply_on_all_nodes(nodes: Network) -> None:
     wait_until(lambda: statuses() == {401})
 
 
+def router_of_batches(net: Network, database: str) -> tuple[Node, int]:
+    """Return the router that runs the batches: its node and process."""
+    with psycopg.connect(database) as connection:
+        ((owner,),) = connection.execute("SELECT owner FROM tandem_tandem.lease").fetchall()
+    deployments = net.head.status()["application"]["deployments"]
+    (router,) = [each for each in deployments if each["name"] == "router"]
+    (replica,) = [each for each in router["replicas"] if each["id"] == owner]
+    (node,) = [each for each in net.nodes if each.address == replica["node_ip"]]
+    return node, replica["pid"]
+
+
+def test_a_batch_survives_its_router_and_is_seen_on_each_node(
+    nodes: Network, postgres: str
+) -> None:
+    """Half of the lines are for vLLM, the others for a simulated engine on each node."""
+    head, node, _ = nodes.nodes
+    batch = submit(nodes.client, head.url, [*LINE_MODELS, *LINE_MODELS], LINE_TOKENS)
+    batch.wait_for_lines(node.url)
+    _, pid = router_of_batches(nodes, postgres)
+    os.kill(pid, signal.SIGKILL)
+    for each in (node, head):
+        batch.check_results(each.url, LINE_TOKENS)
+    wait_for_spread(nodes, head, node)
+    for each in (head, node):
+        nodes.wait_for_status(each, "/ready", 200)
+
+
 def test_each_node_shows_status_usage_and_health_of_the_cluster(nodes: Network) -> None:
     both = nodes.nodes[:2]
     for node in both:
@@ -294,6 +333,8 @@ def test_a_killed_node_breaks_no_answer_of_others_and_is_replaced_under_load(
     nodes: Network,
 ) -> None:
     head, killed, added = nodes.nodes
+    batch = submit(nodes.client, killed.url, LINE_MODELS, LINE_TOKENS)
+    batch.wait_for_lines(killed.url)
     with Streams(head.url, LONG, 6) as streams:
         streams.wait_for(6)
         killed.kill()
@@ -305,6 +346,7 @@ def test_a_killed_node_breaks_no_answer_of_others_and_is_replaced_under_load(
         with Streams(added.url, LONG, 2) as arriving:
             arriving.wait_for(4)
     assert streams.failures == arriving.failures == []
+    batch.check_results(head.url, LINE_TOKENS)
 
 
 def test_a_node_is_drained_under_load(nodes: Network) -> None:
@@ -330,6 +372,8 @@ def test_a_node_serves_until_the_head_is_back(nodes: Network, config: Path) -> N
         pytest.skip("redis-server is not installed")
     head, node, _ = nodes.nodes
     raylet = node.pids("raylet")
+    batch = submit(nodes.client, head.url, LINE_MODELS, LINE_TOKENS)
+    batch.wait_for_lines(head.url)
     with Streams(node.url, LONG, 4) as streams:
         streams.wait_for(4)
         head.kill()
@@ -340,6 +384,7 @@ def test_a_node_serves_until_the_head_is_back(nodes: Network, config: Path) -> N
         streams.wait_for(8)
     assert streams.failures == []
     assert node.pids("raylet") == raylet
+    batch.check_results(node.url, LINE_TOKENS)
     with Streams(head.url, CHAT, 2) as streams:
         streams.wait_for(4)
     assert streams.failures == []

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.postgres import running_postgres
 from tests.serve import tiny_bert, word_bert
 from tests.serve.batch_place import Place
 from tests.serve.planted import FAST, FILLER, tandem, texts, write_csv
@@ -15,13 +14,6 @@ def base(tmp_path_factory):
     """A tiny encoder that reads one of the telling words in two pieces."""
     words = [*FILLER, "re", "thanks"]
     return tiny_bert.save(tmp_path_factory.mktemp("base"), words, pieces=("fund",))
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """Return the URL of a PostgreSQL server."""
-    with running_postgres() as url:
-        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
