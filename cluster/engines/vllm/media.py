@@ -6,13 +6,16 @@ which fetches any URL.
 
 import asyncio
 from collections import Counter
+from functools import partial
+from http import HTTPStatus
 from io import BytesIO
 from typing import Any
 
 from cluster.config import MediaConfig
 from cluster.engines.media_fetch import MediaFailedError, MediaFetcher, MediaRefusedError
 from cluster.engines.vllm import internals, video
-from cluster.errors import InvalidRequestError
+from cluster.engines.vllm.decoded import DecodedPixels, Reservation
+from cluster.errors import InvalidRequestError, RequestError
 
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Formats of images; Pillow has decoders of many more, which only attackers would use."""
@@ -26,6 +29,7 @@ class Media:
     def __init__(self, config: MediaConfig) -> None:
         self.counts: Counter[str] = Counter()
         """Fetched files by outcome."""
+        self._decoded = DecodedPixels()
         self.configure(config)
 
     def configure(self, config: MediaConfig) -> None:
@@ -64,7 +68,7 @@ class Media:
         """Return the medium in a data URL.
 
         Raises:
-            InvalidRequestError: It is not encoded in base64, or exceeds a limit.
+            RequestError: It is not encoded in base64, or exceeds a limit.
         """
         head, comma, data = url.partition(",")
         if not comma or not head.lower().endswith(_BASE64):
@@ -79,8 +83,10 @@ class Media:
         media_type = head[len("data:") : -len(_BASE64)].partition(";")[0]
         if isinstance(media_io, internals.VideoMediaIO) and video.is_jpeg_sequence(media_type):
             frames = map(_decode, video.split_frames(data, media_io.num_frames))
-            self._check_pixels(sum(map(count_pixels, frames)))
-            return video.load_sequence(data, media_io)
+            num_pixels = sum(map(count_pixels, frames))
+            with self._decoded.reserve(self._config.max_decoded_pixels) as reservation:
+                self._reserve(reservation, num_pixels)
+                return _kept(video.load_sequence(data, media_io), reservation)
         if isinstance(media_io, internals.ImageMediaIO | internals.VideoMediaIO):
             return self.load(_decode(data), media_io)
         return media_io.load_base64(media_type, data)
@@ -89,21 +95,33 @@ class Media:
         """Return the medium in a file.
 
         Raises:
-            InvalidRequestError: It has no known format, or too many pixels.
+            RequestError: It has no known format, or too many pixels.
         """
-        if isinstance(media_io, internals.VideoMediaIO):
-            return video.load_container(content, media_io, self._check_pixels)
-        if isinstance(media_io, internals.ImageMediaIO):
-            self._check_pixels(count_pixels(content))
-        return media_io.load_bytes(content)
+        if not isinstance(media_io, internals.ImageMediaIO | internals.VideoMediaIO):
+            return media_io.load_bytes(content)
+        with self._decoded.reserve(self._config.max_decoded_pixels) as reservation:
+            if isinstance(media_io, internals.VideoMediaIO):
+                reserve = partial(self._reserve, reservation)
+                return _kept(video.load_container(content, media_io, reserve), reservation)
+            self._reserve(reservation, count_pixels(content))
+            return _kept(media_io.load_bytes(content), reservation)
 
-    def _check_pixels(self, num_pixels: int) -> None:
+    def _reserve(self, reservation: Reservation, num_pixels: int) -> None:
         if num_pixels > self._config.max_pixels:
             raise MediaFailedError(
                 f"An image, or a video's frames together, have {num_pixels} pixels; the limit is "
                 f"{self._config.max_pixels} (media.max_pixels).",
                 param="url",
             )
+        reservation.grow_to(num_pixels)
+
+
+def _kept(loaded: Any, reservation: Reservation) -> Any:
+    """Return a loaded medium whose pixels stay reserved until it is freed."""
+    media = loaded.media
+    frames = media[0] if isinstance(media, tuple) else media  # a video's metadata is the other
+    reservation.keep_for(frames)
+    return loaded
 
 
 def _decode(data: str) -> bytes:
@@ -145,7 +163,7 @@ def _connector_class(media: Media) -> type:
                     return await super().load_from_url_async(url, media_io, **options)
                 content = await media.fetch(url, tuple(self.allowed_media_domains))
                 return await asyncio.to_thread(media.load, content, media_io)
-            except InvalidRequestError as error:
+            except RequestError as error:
                 raise _as_vllms(error) from None
 
         def load_from_url(self, url: str, media_io: Any, **options: Any) -> Any:
@@ -159,7 +177,7 @@ def _connector_class(media: Media) -> type:
                     "data URL, as `data:image/png;base64,…`.",
                     param="url",
                 )
-            except InvalidRequestError as error:
+            except RequestError as error:
                 raise _as_vllms(error) from None
 
     return Connector
@@ -173,6 +191,9 @@ def _is_file(url: str) -> bool:
     return url[:5].lower() == "file:"
 
 
-def _as_vllms(error: InvalidRequestError) -> Exception:
-    converted: Exception = internals.VLLMValidationError(str(error), parameter=error.param)
+def _as_vllms(error: RequestError) -> Exception:
+    if isinstance(error, InvalidRequestError):
+        converted: Exception = internals.VLLMValidationError(str(error), parameter=error.param)
+    else:
+        converted = internals.GracefulHTTPError(str(error), HTTPStatus(error.status))
     return converted

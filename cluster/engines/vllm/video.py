@@ -7,7 +7,7 @@ from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
-from cluster.errors import InvalidRequestError
+from cluster.errors import InvalidRequestError, RequestError
 
 VIDEO_FORMATS = ("avi", "matroska", "mov", "mp4", "webm")
 """FFmpeg's names of the containers that are read. Playlists are not among them: FFmpeg would open
@@ -17,7 +17,8 @@ _JPEG_SEQUENCE = "video/jpeg"
 
 
 Check = Callable[[int], None]
-"""Raises if a number of pixels, of all decoded frames together, is above the limit."""
+"""Reserves memory for a number of pixels, of all decoded frames together; raises ``RequestError``
+above the limits."""
 
 
 def is_jpeg_sequence(media_type: str) -> bool:
@@ -56,7 +57,7 @@ def load_container(content: bytes, media_io: Any, check: Check) -> Any:
 def _load(load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except InvalidRequestError:
+    except RequestError:
         raise
     except Exception:  # the decoders raise many types
         raise _unreadable() from None
