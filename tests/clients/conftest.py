@@ -53,6 +53,7 @@ class Server:
     """Address and keys of the cluster, whose models are in config.yaml."""
 
     url: str
+    cluster: RunningCluster
     models: Path
     """Directory of the default models."""
     key: str = KEY
@@ -81,7 +82,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         home, isolated.env, isolated.http_url, isolated.ray_address, VENV / "tandem"
     )
     cluster.up("--config", str(config), *isolated.settings)
-    yield Server(cluster.http_url, built)
+    yield Server(cluster.http_url, cluster, built)
     cluster.down()
 
 
