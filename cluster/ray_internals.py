@@ -309,7 +309,13 @@ def count_cpu_nodes(min_cpus: float, timeout_s: float) -> int:
 # -- dashboard --------------------------------------------------------------------------------
 
 DASHBOARD_MODULES = (
-    *("EventHead", "JobHead", "MetricsHead", "NodeHead", "ReportHead", "ServeHead", "StateHead"),
+    "EventHead",
+    "JobHead",
+    "MetricsHead",
+    "NodeHead",
+    "ReportHead",
+    "ServeHead",
+    "StateHead",
 )
 
 

@@ -43,9 +43,9 @@ class BackgroundBuilds:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
-        for name in self.names:
-            self._processes[name] = self._start(name)
         try:
+            for name in self.names:
+                self._processes[name] = self._start(name)
             while not all(is_building(n) or self._has_ended(n) for n in self.names):
                 time.sleep(POLL_S)
         except BaseException:

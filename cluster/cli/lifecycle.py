@@ -60,15 +60,23 @@ def up(
             names = ", ".join(builds.names)
             text = f"building {names} during the start (first start only)"
             console.print(text, highlight=False, soft_wrap=True)
-        with StartProgress(console) as progress:
-            started = start(
-                loaded,
-                home(),
-                lambda phase, application: progress.show(phase, application, builds.check()),
-                monitoring=monitoring,
-                address=address,
-                redis=redis,
-            )
+        try:
+            with StartProgress(console) as progress:
+                started = start(
+                    loaded,
+                    home(),
+                    lambda phase, application: progress.show(phase, application, builds.check()),
+                    monitoring=monitoring,
+                    address=address,
+                    redis=redis,
+                )
+        except StartError as error:
+            if unfinished := builds.check():
+                raise StartError(
+                    f"{error}. Models were still being built: {', '.join(unfinished)}. Build them "
+                    "first with `tandem models fetch`, or raise cluster.ready_timeout_s."
+                ) from None
+            raise
         builds.finish(console)
     _print_duration(console, "healthy", started)
     print_recipes(console, loaded.config, started.state)

@@ -54,7 +54,8 @@ class ClusterConfig(Section):
     object_store_memory_bytes: ByteSize = Field(ByteSize(256 * MIB), ge=80 * MIB)
     """Size of Ray's object store, in bytes or with a unit (`256MiB`)."""
     ready_timeout_s: float = Field(600.0, gt=0)
-    """Maximum duration of a start until the cluster is healthy, in seconds."""
+    """Maximum duration of a start until the cluster is healthy, in seconds. A first start builds
+    the default models in this time."""
 
 
 ServedPool = GeneratorConfig | ClassifierConfig | ApplicationsConfig

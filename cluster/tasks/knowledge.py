@@ -164,6 +164,6 @@ class KnowledgeAnswer(TaskResult):
     """Relevance of the best passage, which must reach `threshold`."""
     threshold: float
     reranked: bool | None = None
-    """As in a search."""
+    """True if a reranker ordered the passages, false if it failed; null if none was asked."""
     citations: list[KnowledgeCitation]
     finish_reason: str | None

@@ -18,6 +18,7 @@ from cluster.asgi import Receive, Scope, Send, read_body, usage_of
 from cluster.client.session import Session
 from cluster.config import parse
 from cluster.config.applications import APPLICATION_PATHS
+from cluster.errors import OverloadedError
 from cluster.gateway import Gateway, GatewayApp, Wiring
 from cluster.key_file import KeyFile
 from cluster.link import LinkServer
@@ -115,6 +116,8 @@ async def scripted_classifier(scope: Scope, receive: Receive, send: Send) -> Non
     if scope["path"] == "/rerank":
         if "no reranker" in body["query"]:
             raise RuntimeError("scripted failure")
+        if "busy reranker" in body["query"]:
+            raise OverloadedError("scripted overload", retry_after_s=1)
         found = [{"index": index} for index, _ in enumerate(body["documents"])]
         await _send_json(send, {"results": found[::-1], "usage": {"prompt_tokens": 1}})
         return

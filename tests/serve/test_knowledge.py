@@ -406,13 +406,13 @@ async def test_a_reranker_orders_the_results() -> None:
             assert found["reranked"] is expected
 
 
-async def test_a_search_goes_on_if_the_reranker_fails() -> None:
+@pytest.mark.parametrize("query", ["Elbe, no reranker", "Elbe, busy reranker"])
+async def test_a_search_goes_on_if_the_reranker_fails(query: str) -> None:
     async with knowledge_world(
         lambda messages: "In the sea [1].", knowledge={"reranker": "cls"}
     ) as knowledge:
         await knowledge.result("POST", "", {"name": "docs", "chunk_tokens": 32})
         await knowledge.add("docs", "rivers.md", RIVERS)
-        query = "Elbe, no reranker"
         plain = await knowledge.search("docs", query, rerank=False)
         found = await knowledge.result("POST", "/docs/search", {"query": query})
         assert (found["reranked"], found["passages"]) == (False, plain)

@@ -8,12 +8,9 @@ from typing import Any
 
 from cluster.applications.knowledge.encoder import Encoder
 from cluster.applications.tasks import Run
-from cluster.errors import RequestError
+from cluster.errors import PermissionDeniedError, QuotaExhaustedError, RequestError
 
 logger = logging.getLogger("ray.serve.tandem")
-
-SERVER_ERROR = 500
-"""Lowest status of errors that are neither the request's nor a limit's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +35,8 @@ class Reranking:
         """Return passages by the scores of ``model``, or as they are if it is None or fails.
 
         Raises:
-            RequestError: A limit is exceeded, or the sender may not use the model.
+            QuotaExhaustedError: A limit of the tenant is exceeded.
+            PermissionDeniedError: The sender may not use the model.
         """
         if model is None or not rows:
             return Ordered(rows, None)
@@ -46,9 +44,9 @@ class Reranking:
         try:
             order = await Encoder(model, run.calls).rerank(query, texts)
         except RequestError as error:
-            self.counts["failed"] += 1
-            if error.status < SERVER_ERROR:
+            if isinstance(error, QuotaExhaustedError | PermissionDeniedError):
                 raise
+            self.counts["failed"] += 1
             logger.warning("the reranker %s failed; the search goes on without: %s", model, error)
             return Ordered(rows, False)
         self.counts["ok"] += 1

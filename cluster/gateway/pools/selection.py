@@ -69,8 +69,7 @@ def select_pool(
 def _application_pool(pools: Mapping[str, Pool], path: str) -> Pool:
     if all(pool.kind != "application" for pool in pools.values()):
         raise NotFoundError(
-            f"{path} needs the section `applications` of the configuration, which is not there. "
-            "`applications: {}` switches it on."
+            f"{path} needs applications, which are not configured. Add `applications: {{}}`."
         )
     return _pools_with(pools, path)[0]
 
