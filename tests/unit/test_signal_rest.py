@@ -49,10 +49,14 @@ def test_a_signal_is_handled_during_the_sleep(monkeypatch: pytest.MonkeyPatch) -
     ray_internals.signal_rest()()
     before = signal.signal(signal.SIGUSR1, exit_on_signal)
     timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1))
-    timer.start()
+
+    def check_before_signal() -> None:
+        timer.start()  # not earlier: nothing else expects the exception
+        sys.is_finalizing()
+
     try:
         with pytest.raises(SystemExit):
-            sys.is_finalizing()
+            check_before_signal()
     finally:
         timer.join()
         signal.signal(signal.SIGUSR1, before)
