@@ -24,9 +24,6 @@ logger = logging.getLogger("ray.serve.tandem")
 
 _SERVE = "ray.serve._private"
 
-UTILS_MODULE = f"{_SERVE}.utils"
-"""Module of Serve that imports pandas; see ``worker_preload``."""
-
 EXPORTED = {
     "DeploymentID": PrivateName(
         f"{_SERVE}.common:DeploymentID", "key of a deployment in the controller", "name app_name"

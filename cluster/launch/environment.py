@@ -45,7 +45,6 @@ def cluster_environment(
     """
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_preload_python_modules": "cluster.worker_preload",
         # Ray's default niceness (15) suits batch jobs. Replicas serve requests and must not wait
         # for other programs.
         "RAY_worker_niceness": "0",
