@@ -27,14 +27,14 @@ from cluster.models.store import CATALOGUE, home, manifest
 
 POLL_S = 0.05
 END_S = 5.0
-LOWEST_PRIORITY = 19  # niceness
+LOW_PRIORITY = 10  # niceness; at 19 a busy machine would never finish a build
 BUILD = (sys.executable, "-c", "from cluster.cli import main; main()", "models", "build")
 
 
 class BackgroundBuilds:
     """Processes that build the default models which ``config`` needs and this machine lacks.
 
-    Classifiers, which are trained, take only CPU time that the start of the cluster leaves.
+    Classifiers, which are trained, leave most of the CPU time to the start of the cluster.
     """
 
     def __init__(self, config: TandemConfig, command: Sequence[str] = BUILD) -> None:
@@ -103,9 +103,9 @@ class BackgroundBuilds:
                 start_new_session=True,  # Ctrl-C is for this process, which ends the builds
             )
         if CATALOGUE[name].kind == "classifier":
-            os.setpriority(os.PRIO_PROCESS, process.pid, LOWEST_PRIORITY)
+            os.setpriority(os.PRIO_PROCESS, process.pid, LOW_PRIORITY)
             with contextlib.suppress(OSError):  # Linux weighs sessions first, then processes
-                Path(f"/proc/{process.pid}/autogroup").write_text(f"{LOWEST_PRIORITY}")
+                Path(f"/proc/{process.pid}/autogroup").write_text(f"{LOW_PRIORITY}")
         return process
 
     def _has_ended(self, name: str) -> bool:

@@ -87,7 +87,7 @@ def test_the_start_does_not_take_builds_for_leftovers(
         assert processes.find(tmp_path) == []
 
 
-def test_training_has_the_lowest_priority() -> None:
+def test_training_has_a_low_priority() -> None:
     with BackgroundBuilds(CONFIG, COMMAND):
         children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-        assert 19 in {os.getpriority(os.PRIO_PROCESS, int(pid)) for pid in children}
+        assert 10 in {os.getpriority(os.PRIO_PROCESS, int(pid)) for pid in children}
