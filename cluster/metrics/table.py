@@ -450,7 +450,7 @@ COST = _counter("tandem_cost_total", "Price of the reserved resources.", "tenant
 
 RESIDENT_MEMORY = _gauge(
     "tandem_process_resident_memory_bytes",
-    "Resident memory of a replica or router process and its descendants.",
+    "Resident memory of a replica or router process and its descendants, with shared pages.",
     "process",
 )
 MEMORY_GROWTH = _gauge(
