@@ -1,4 +1,4 @@
-"""When vLLM's engine process is forked, and its title."""
+"""When vLLM's engine process is forked, what happens if the fork hangs, and its title."""
 
 import os
 import subprocess
@@ -150,3 +150,85 @@ def test_a_fork_has_its_own_output_and_ends_with_its_parent() -> None:
         assert psutil.Process(int(pid)).ppid() == parent.pid
         parent.kill()
         assert parent.stdout.read() == ""  # ends when the fork, which shares it, has ended
+
+
+START = """
+from multiprocessing.queues import Queue
+
+from cluster.engines.vllm import forking
+
+context = forking.ForkContext()
+queue = context.Queue()
+arguments = {"self": queue, "obj": "hello"}
+process = context.Process(target=Queue.put, name="EngineCore", kwargs=arguments)
+process.start()
+print(queue.get(), flush=True)
+process.join()
+os._exit(process.exitcode)
+"""
+LOCKED_LOG = """
+import logging
+import os
+import threading
+
+from cluster.engines.vllm import forking
+
+lock = threading.Lock()
+
+
+class Log:
+    def write(self, text):
+        pass
+
+    def flush(self):
+        with lock:
+            pass
+
+
+logging.getLogger("vllm").addHandler(logging.StreamHandler(Log()))
+forking.FIRST_SIGN_TIMEOUT_S = 0.2
+lock.acquire()
+"""
+HALF_IMPORTED = """
+import os
+import threading
+
+from cluster.engines.vllm import forking
+
+importing = threading.Event()
+threading.Thread(target=__import__, args=("endless",), daemon=True).start()
+importing.wait()
+forking.FIRST_SIGN_TIMEOUT_S = 600
+"""
+ENDLESS = """
+import __main__
+import threading
+
+__main__.importing.set()
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "warning"),
+    [
+        ("import os", None),
+        (LOCKED_LOG, "gave no sign of life for 0.2 s"),
+        (HALF_IMPORTED, "found a module that another thread was importing"),
+    ],
+)
+def test_a_fork_that_hangs_is_replaced_by_a_spawned_process(
+    tmp_path: Path, state: str, warning: str | None
+) -> None:
+    (tmp_path / "endless.py").write_text(ENDLESS, encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", state + START],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.stdout == "hello\n"
+    assert ("spawning" in done.stderr) == (warning is not None)
+    assert (warning or "") in done.stderr

@@ -11,8 +11,10 @@ import logging
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ logger = logging.getLogger(__name__)
 METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"
 """vLLM's environment variable; if the user sets it, the engine's process is not forked."""
 ENGINE_TITLE = "VLLM::EngineCore"
+FIRST_SIGN_TIMEOUT_S = 10.0
+"""Time for a fork's first sign of life; it took 0.15 s on two cores at a load average of 16."""
+_KILL_TIMEOUT_S = 5.0
 _PR_SET_NAME = 15  # linux/prctl.h
 
 
@@ -71,7 +76,7 @@ def load_intel_openmp(environment: Mapping[str, str], library: Path = INTEL_OPEN
 def forked_engine() -> Iterator[None]:
     """Import the engine's modules, and let vLLM fork its process meanwhile.
 
-    No other thread may import modules: a fork would wait forever for one that is half imported.
+    No other thread should import modules: a fork cannot import one that is half imported.
     """
     for module in internals.ENGINE_MODULES:
         importlib.import_module(module)
@@ -85,20 +90,81 @@ def forked_engine() -> Iterator[None]:
 
 
 class ForkContext:
-    """The part of a context of ``multiprocessing`` that vLLM uses to start an engine."""
+    """A context of ``multiprocessing`` whose processes are forks."""
+
+    def __init__(self) -> None:
+        # Its queues and locks also work in a fork; those of a fork's context only there.
+        self._context = multiprocessing.get_context("spawn")
 
     def Process(  # noqa: N802
         self, *, target: Callable[..., None], name: str, kwargs: dict[str, Any]
     ) -> Any:
-        context = multiprocessing.get_context("fork")
-        return context.Process(target=_run, args=(target,), name=name, kwargs=kwargs)
+        return EngineProcess(target, name, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
 
 
-def _run(target: Callable[..., None], **kwargs: Any) -> None:
+class EngineProcess:
+    """A process of ``multiprocessing``: a fork, or spawned if the fork hangs or gives up.
+
+    A fork inherits the locks that other threads hold, and has no thread to release them.
+    """
+
+    def __init__(self, target: Callable[..., None], name: str, kwargs: dict[str, Any]) -> None:
+        self._target = target
+        self._arguments: dict[str, Any] = {"name": name, "kwargs": kwargs}
+        self._process: Any = multiprocessing.get_context("spawn").Process(
+            target=target, **self._arguments
+        )
+
+    def start(self) -> None:
+        fork, problem = self._fork()
+        if problem is None:
+            self._process = fork
+            return
+        logger.warning("spawning vLLM's engine process, because a fork of the replica %s", problem)
+        fork.kill()
+        fork.join(_KILL_TIMEOUT_S)
+        self._process.start()
+
+    def _fork(self) -> tuple[Any, str | None]:
+        """Return a started fork, and what is wrong with it."""
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        fork = multiprocessing.get_context("fork").Process(
+            target=_run, args=(self._target, sender), **self._arguments
+        )
+        with receiver:
+            with sender:
+                fork.start()
+            if not receiver.poll(FIRST_SIGN_TIMEOUT_S):
+                return fork, f"gave no sign of life for {FIRST_SIGN_TIMEOUT_S:g} s"
+            try:
+                receiver.recv_bytes()
+            except EOFError:
+                return fork, "found a module that another thread was importing, or died"
+        return fork, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._process, name)
+
+
+def _run(target: Callable[..., None], parent: Connection, /, **kwargs: Any) -> None:
     bind_to_parent()  # vLLM's plugins, which do this elsewhere, are loaded already
     set_title(ENGINE_TITLE)
     _restore_output()
+    with parent:
+        if _others_import():
+            return
+        parent.send_bytes(b"started")
     target(**kwargs)
+
+
+def _others_import() -> bool:
+    """Return True if another thread was importing a module when this process was forked."""
+    references = sys.modules["_frozen_importlib"]._module_locks.values()
+    owners = {lock.owner for reference in references if (lock := reference()) is not None}
+    return not owners <= {None, threading.get_ident()}
 
 
 def _restore_output() -> None:
