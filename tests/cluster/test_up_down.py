@@ -332,29 +332,24 @@ def test_the_generator_answers_while_the_classifier_is_built(tmp_path: Path) -> 
     config["applications"][0]["args"]["classifiers"] = [classifier]
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config))
+    command = [TANDEM, "up", "-d", "--config", str(file), *settings]
     with (tmp_path / "models" / f".{model}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as a build does
-        up = subprocess.Popen(
-            [TANDEM, "up", "-d", "--config", str(file), *settings],
-            env=env,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        up = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
         try:
             wait_until(lambda: answers(http_url), 240, "an answer of the generator")
             assert up.poll() is None
             (tmp_path / "models" / model).symlink_to(models_dir() / model)
-        except BaseException:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            output, _ = up.communicate(timeout=240)
+            assert up.returncode == 0, output
+            assert f"{model}: already built" in output
+            texts = {"model": "sentiment", "input": "Fine."}
+            assert httpx.post(f"{http_url}/v1/classify", json=texts, timeout=60).status_code == 200
+        finally:
             up.terminate()
-            raise
-    output, _ = up.communicate(timeout=240)
-    assert up.returncode == 0, output
-    try:
-        assert f"{model}: already built" in output
-        texts = {"model": "sentiment", "input": "Fine."}
-        assert httpx.post(f"{http_url}/v1/classify", json=texts, timeout=60).status_code == 200
-    finally:
-        subprocess.run([TANDEM, "down"], env=env, check=True, capture_output=True)
+            up.communicate()
+            subprocess.run([TANDEM, "down"], env=env, check=True, capture_output=True)
     assert processes.find(tmp_path) == []
 
 
