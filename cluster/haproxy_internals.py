@@ -1,7 +1,11 @@
 """Private names of Ray Serve's HAProxy, its configuration and its socket; see ``ray_internals``."""
 
+import functools
 import importlib.util
 import json
+import os
+import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from string import Template
@@ -9,6 +13,7 @@ from typing import Any, NamedTuple
 
 from cluster.haproxy_servers import server_comparison
 from cluster.ray_internals import PrivateName, incompatible, signal_rest
+from cluster.router_sockets import open_router_socket, socket_checks
 
 _SERVE = "ray.serve._private"
 
@@ -17,6 +22,10 @@ MEMBERS = (
     PrivateName(f"{_SERVE}.haproxy:HAProxyConfig.timeout_client_s", "see ``proxy_setup``"),
     PrivateName(f"{_SERVE}.haproxy:HAProxyConfig.hard_stop_after_s", "see ``proxy_setup``"),
     PrivateName(f"{_SERVE}.haproxy:HAProxyApi.start", "see ``proxy_setup``"),
+    PrivateName(f"{_SERVE}.constants:RAY_SERVE_ENABLE_HA_PROXY", "see ``router_socket_opener``"),
+    PrivateName(
+        f"{_SERVE}.constants:RAY_SERVE_HAPROXY_SOCKET_PATH", "see ``router_socket_opener``"
+    ),
     PrivateName(f"{_SERVE}.proxy_request_response:ASGIProxyRequest.headers", "see ``proxy_setup``"),
 )
 """Names and members that must exist."""
@@ -76,18 +85,25 @@ def _http_errors() -> str:
     return "".join(lines)
 
 
-def router_socket(port: int) -> bytes:
-    """Return the abstract Unix socket on which the router with this HTTP port listens, too.
+def router_socket_opener() -> Callable[[int], socket.socket] | None:
+    """Return a function that opens this router's Unix socket for HAProxy, given its HTTP port.
 
-    HAProxy, which pads the name, uses it for the routers of its node: sending and receiving a token
-    takes 2.4 us of CPU there, and 7.6 us by TCP.
+    Return None if this node has no HAProxy. The function raises OSError.
     """
-    return b"\0" + f"tandem:{port}".encode().ljust(107, b"\0")
+    import ray
+    from ray.serve._private import constants
+
+    if sys.platform != "linux" or not constants.RAY_SERVE_ENABLE_HA_PROXY:
+        return None
+    parent = os.path.dirname(constants.RAY_SERVE_HAPROXY_SOCKET_PATH)
+    directory = os.path.join(parent, ray.get_runtime_context().get_node_id())
+    return functools.partial(open_router_socket, directory)
 
 
 _SERVER = "    server {{ server.name }} {{ server.host }}:{{ server.port }} check{% if"
 _LOCAL = """\
-    {%- set local = ["127.0.0.1", "abns@tandem"] %}
+    {%- set sockets = "unix@" ~ config.socket_path.rpartition("/")[0] ~ "/router" %}
+    {%- set local = ["127.0.0.1", sockets] %}
     {%- set has_local = backend.servers | selectattr("host", "in", local) | first is defined %}
 """
 _SERVERS = "    # Servers in this backend\n    {%- for server in backend.servers %}\n"
@@ -186,6 +202,7 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
 
     certificate, key = settings.certificate, settings.key
     compare_servers, is_emptied = server_comparison()
+    _, is_usable = socket_checks()
     empty_s, delete_s = EMPTY_BACKEND_S, DELETE_SERVERS_S
     rest_between_checks = signal_rest()
 
@@ -233,13 +250,12 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
 
         @functools.lru_cache(maxsize=1024)  # a server that changes would need a reload
         def has_socket(name: str, port: int) -> bool:
-            with open("/proc/net/unix", encoding="latin-1") as sockets:
-                return f" @tandem:{port}@" in sockets.read()  # see ``router_socket``
+            return is_usable(f"{sockets}:{port}")  # see ``router_sockets.router_socket``
 
         def target_to_server(target: Any) -> Any:
             server = actor._tandem_target_to_server(target)
             if server.host == "127.0.0.1" and has_socket(server.name, server.port):
-                server.host = "abns@tandem"
+                server.host = f"unix@{sockets}"
             return server
 
         async def command_haproxy(command: str, answer: str = "") -> None:
@@ -347,7 +363,7 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
         config = getattr(actor._haproxy, "cfg", None)
         methods = ("_graceful_reload", "_send_socket_command")
         missing += [name for name in methods if not hasattr(actor._haproxy, name)]
-        missing += [name for name in timeouts if not hasattr(config, name)]
+        missing += [name for name in (*timeouts, "socket_path") if not hasattr(config, name)]
         serve_template = getattr(haproxy, "_tandem_original", haproxy.HAPROXY_CONFIG_TEMPLATE)
         missing += [text.strip() for text in edits if serve_template.count(text) != 1]
         if missing:
@@ -373,6 +389,7 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
             setattr(config, name, value)
 
         api = actor._haproxy
+        sockets = os.path.join(os.path.dirname(api.cfg.socket_path), "router")
         if not hasattr(api, "_tandem_reload"):
             api._tandem_reload = api._graceful_reload
             api._tandem_running, api._tandem_removed = None, set()

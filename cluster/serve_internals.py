@@ -5,6 +5,7 @@ defined. Nothing is imported before, because importing Serve takes about two sec
 """
 
 import asyncio
+import functools
 import inspect
 import logging
 import os
@@ -155,14 +156,17 @@ async def get_http_host(timeout_s: float) -> str | None:
 
 
 def wrap_http_app(
-    wrap: Callable[[Any, bool], Any], host: str | None, unix_socket: Callable[[int], bytes]
+    wrap: Callable[[Any, bool], Any],
+    host: str | None,
+    open_socket: Callable[[int], socket.socket] | None,
 ) -> None:
     """Let this replica's HTTP server call ``wrap(app, has_middlewares)`` instead of Serve's app.
 
-    It listens on ``host`` unless that is None, and on the Unix socket for its port. Serve itself
-    uses ``http_options.host``, where HAProxy may not find it: that dials 127.0.0.1 on its own node,
-    and the address of other nodes. Serve starts the server after the deployment's constructor, so
-    call this in the constructor.
+    It listens on ``host`` unless that is None. Serve itself uses ``http_options.host``, where
+    HAProxy may not find it: that dials 127.0.0.1 on its own node, and the address of other nodes.
+    The server also listens on the socket that ``open_socket`` returns for its port, unless this
+    raises OSError. Serve starts the server after the deployment's constructor, so call this in the
+    constructor.
 
     Raises:
         RayIncompatibleError: Serve starts the server in another way.
@@ -177,28 +181,26 @@ def wrap_http_app(
     async def start_wrapped(app: Any, options: Any, **kwargs: Any) -> Any:
         own = options if host is None else options.model_copy(update={"host": host})
         task, server = await start(wrap(app, bool(own.middlewares)), own, **kwargs)
-        _add_unix_socket(server, unix_socket(own.port))
+        if open_socket is not None:
+            _add_socket(server, functools.partial(open_socket, own.port))
         return task, server
 
     replica.start_asgi_http_server = start_wrapped
 
 
-def _add_unix_socket(server: Any, address: bytes) -> None:
-    """Let a uvicorn server that has not begun listen on a Unix socket, too, if that is free."""
+def _add_socket(server: Any, open_socket: Callable[[], socket.socket]) -> None:
+    """Let a uvicorn server that has not begun listen on another socket, too."""
     startup = server.startup
 
-    async def startup_with_unix_socket(sockets: list[socket.socket]) -> None:
-        added = socket.socket(socket.AF_UNIX)
+    async def startup_with_socket(sockets: list[socket.socket]) -> None:
+        added = []
         try:
-            added.bind(address)
-        except OSError as error:  # HAProxy then uses TCP
-            added.close()
-            logger.warning("no Unix socket for HAProxy: %s", error)
-            await startup(sockets=sockets)
-        else:
-            await startup(sockets=[*sockets, added])
+            added.append(open_socket())
+        except OSError as error:
+            logger.warning("HAProxy reaches this router by TCP, without a Unix socket: %s", error)
+        await startup(sockets=[*sockets, *added])
 
-    server.startup = startup_with_unix_socket
+    server.startup = startup_with_socket
 
 
 # -- handles ----------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from cluster.gateway.serve_http import (
     end_http10_bodies_by_closing,
     offer_direct_writes,
 )
-from cluster.haproxy_internals import router_socket
+from cluster.haproxy_internals import router_socket_opener
 from cluster.key_file import ClusterKeys, KeyFile, KeySource
 from cluster.leaks import MemoryWatch
 from cluster.link import RequestHead, ResponseHead, TlsContexts, answer_locally, tls_contexts
@@ -92,7 +92,7 @@ class Router:
         offer_direct_writes()
         http_host = await get_http_host(HTTP_HOST_TIMEOUT_S)
         host = ingress_host(ray.util.get_node_ip_address(), http_host)
-        wrap_http_app(_adapt, host, router_socket)
+        wrap_http_app(_adapt, host, router_socket_opener())
         log_with_serve()
         self._secret, tls = link_secret(), tls_contexts(os.environ)
         identity = serve.get_replica_context().replica_id

@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import os
+import socket
 import ssl
 import stat
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,6 +21,7 @@ from benchmarks.ports import free_ports
 from cluster import haproxy_internals
 from cluster.errors import RayIncompatibleError
 from cluster.launch import environment
+from cluster.router_sockets import router_socket
 
 # -- HAProxy's template -----------------------------------------------------------------------
 
@@ -240,8 +243,8 @@ async def test_haproxy_prefers_the_routers_of_its_node(haproxy_api: Any, tmp_pat
     path = tmp_path / "haproxy.cfg"
     cases = [
         (["127.0.0.1", "10.0.0.2"], ["10.0.0.2"]),
-        (["abns@tandem", "10.0.0.2"], ["10.0.0.2"]),
-        (["abns@tandem", "127.0.0.1"], []),
+        ([f"unix@{tmp_path}/router", "10.0.0.2"], ["10.0.0.2"]),
+        ([f"unix@{tmp_path}/router", "127.0.0.1"], []),
         (["10.0.0.2", "10.0.0.3"], []),
     ]
     for hosts, expected in cases:
@@ -256,18 +259,57 @@ async def test_haproxy_prefers_the_routers_of_its_node(haproxy_api: Any, tmp_pat
         assert backups == expected
 
 
-async def test_haproxy_uses_the_unix_sockets_that_exist(haproxy_api: Any) -> None:
+async def test_haproxy_uses_the_unix_sockets_that_exist(haproxy_api: Any, tmp_path: Path) -> None:
     manager = FakeManager(haproxy_api)
     for _ in range(2):
         assert haproxy_internals.proxy_setup(LIMITS)(manager) == ""
     await asyncio.sleep(0)
     manager._tandem_guard.cancel()  # type: ignore[attr-defined]
     port, other = free_ports(2)
-    server = await asyncio.start_unix_server(print, haproxy_internals.router_socket(port))
+    server = await asyncio.start_unix_server(print, router_socket(str(tmp_path), port))
     for _ in range(2):  # a server that changed would need a reload
         hosts = [manager._target_to_server(each).host for each in (port, other)]
-        assert hosts == ["abns@tandem", "127.0.0.1"]
+        assert hosts == [f"unix@{tmp_path}/router", "127.0.0.1"]
         server.close()
+
+
+async def test_haproxy_uses_no_socket_that_another_user_can_create(
+    haproxy_api: Any, tmp_path: Path
+) -> None:
+    """Others can bind abstract names, and create files where they may write."""
+    manager = FakeManager(haproxy_api)
+    assert haproxy_internals.proxy_setup(LIMITS)(manager) == ""
+    await asyncio.sleep(0)
+    manager._tandem_guard.cancel()  # type: ignore[attr-defined]
+    port, other = free_ports(2)
+    name = b"\0" + f"tandem:{port}".encode().ljust(107, b"\0")
+    with socket.socket(socket.AF_UNIX) as abstract, socket.socket(socket.AF_UNIX) as shared:
+        abstract.bind(name)
+        abstract.listen()
+        assert manager._target_to_server(port).host == "127.0.0.1"
+        shared.bind(router_socket(str(tmp_path), other))
+        shared.listen()
+        os.chmod(tmp_path, 0o777)
+        assert manager._target_to_server(other).host == "127.0.0.1"
+
+
+def test_a_router_opens_a_unix_socket_only_for_haproxy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from ray.serve._private import constants
+
+    context = SimpleNamespace(get_node_id=lambda: "node")
+    monkeypatch.setattr("ray.get_runtime_context", lambda: context)
+    monkeypatch.setattr(constants, "RAY_SERVE_HAPROXY_SOCKET_PATH", str(tmp_path / "admin"))
+    monkeypatch.setattr(constants, "RAY_SERVE_ENABLE_HA_PROXY", False)
+    assert haproxy_internals.router_socket_opener() is None
+    monkeypatch.setattr(constants, "RAY_SERVE_ENABLE_HA_PROXY", True)
+    open_socket = haproxy_internals.router_socket_opener()
+    assert open_socket is not None
+    with open_socket(7) as opened:  # where Serve has the sockets of this node's HAProxy
+        assert opened.getsockname() == router_socket(str(tmp_path / "node"), 7)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert haproxy_internals.router_socket_opener() is None
 
 
 async def test_the_same_limits_do_not_reload_haproxy_again(haproxy_api: Any) -> None:

@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from benchmarks.ports import free_ports
-from cluster.haproxy_internals import router_socket
 from cluster.haproxy_servers import server_comparison
+from cluster.router_sockets import router_socket
 from tests.serve.test_haproxy import running_haproxy
 
 CONFIG = """
@@ -81,8 +81,8 @@ def test_a_backend_without_routers_is_noticed() -> None:
 
 
 @contextlib.asynccontextmanager
-async def router(name: str) -> AsyncIterator[int]:
-    """Answer each request with ``name``; yield the port."""
+async def router(name: str, directory: Path) -> AsyncIterator[int]:
+    """Answer each request with ``name``, by TCP and a Unix socket; yield the port."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
@@ -93,7 +93,7 @@ async def router(name: str) -> AsyncIterator[int]:
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    local = await asyncio.start_unix_server(answer, router_socket(port))
+    local = await asyncio.start_unix_server(answer, router_socket(str(directory), port))
     try:
         yield port
     finally:
@@ -110,13 +110,18 @@ async def command(socket: Path, text: str) -> str:
     return answer
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "abns@tandem"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "unix@{folder}/router"])
 async def test_a_kept_connection_outlives_the_replacement_of_all_routers(
     tmp_path: Path, host: str
 ) -> None:
     (port,) = free_ports(1)
     socket = tmp_path / "admin"
-    async with router("a") as first, router("b") as second, httpx.AsyncClient() as http:
+    host = host.format(folder=tmp_path)
+    async with (
+        router("a", tmp_path) as first,
+        router("b", tmp_path) as second,
+        httpx.AsyncClient() as http,
+    ):
         old, new = (
             config(f"{name} {host}:{target} check", port=port, socket=str(socket))
             for name, target in (("a", first), ("b", second))

@@ -1,13 +1,12 @@
 """Ray Serve as ``serve_internals`` changes it: ports of the replicas and their HTTP server."""
 
 import asyncio
-import contextlib
+import functools
 import importlib.util
 import inspect
-import socket
+import os
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +14,8 @@ import pytest
 from benchmarks.ports import free_ports
 from cluster import ray_internals, serve_internals
 from cluster.errors import RayIncompatibleError
-from cluster.haproxy_internals import router_socket
 from cluster.launch import environment
+from cluster.router_sockets import open_router_socket, router_socket
 
 
 def test_serve_reads_the_environment_variables_of_a_cluster() -> None:
@@ -79,42 +78,48 @@ async def test_the_http_server_calls_the_wrapped_application(
 
     async def start(app: Any, options: Any, *, event_loop: Any) -> tuple[None, Any]:
         started.append((app, options, event_loop))
-        return None, SimpleNamespace(startup=None)
+        return None, None
 
     monkeypatch.setattr(replica, "start_asgi_http_server", start)
     serve_internals.wrap_http_app(
-        lambda app, has_middlewares: f"{app}, {has_middlewares}", host, router_socket
+        lambda app, has_middlewares: f"{app}, {has_middlewares}", host, None
     )
     await replica.start_asgi_http_server("app", HTTPOptions(host="10.0.0.9"), event_loop="loop")
     ((app, options, loop),) = started
     assert (app, options.host, loop) == ("app, False", expected, "loop")
 
 
-@pytest.mark.parametrize("is_taken", [False, True])
+@pytest.mark.parametrize("is_shared", [False, True])
 async def test_the_http_server_listens_on_a_unix_socket_too(
-    monkeypatch: pytest.MonkeyPatch, is_taken: bool
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    is_shared: bool,
 ) -> None:
     from ray.serve._private import replica
     from ray.serve.config import HTTPOptions
 
     (port,) = free_ports(1)
-    path = router_socket(port)
+    path = router_socket(str(tmp_path), port)
+    if is_shared:
+        os.chmod(tmp_path, 0o777)
+    open_socket = functools.partial(open_router_socket, str(tmp_path))
     monkeypatch.setattr(replica, "start_asgi_http_server", replica.start_asgi_http_server)
-    serve_internals.wrap_http_app(lambda app, _: app, None, router_socket)
+    serve_internals.wrap_http_app(lambda app, _: app, None, open_socket)
     options, loop = HTTPOptions(host="127.0.0.1", port=port), asyncio.get_running_loop()
-    async with contextlib.AsyncExitStack() as stack:
-        if is_taken:
-            stack.enter_context(socket.socket(socket.AF_UNIX)).bind(path)
-        task, server = await replica.start_asgi_http_server(hello, options, event_loop=loop)
-        while not server.started:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        assert await get(await asyncio.open_connection("127.0.0.1", port)) == b"hello"
-        if not is_taken:
-            assert await get(await asyncio.open_unix_connection(path)) == b"hello"
-        server.should_exit = True
-        await task
-        with pytest.raises(ConnectionRefusedError):
-            await asyncio.open_unix_connection(path)
+    task, server = await replica.start_asgi_http_server(hello, options, event_loop=loop)
+    while not server.started:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    assert await get(await asyncio.open_connection("127.0.0.1", port)) == b"hello"
+    if is_shared:
+        assert f"other users can replace files in {tmp_path}" in caplog.text
+    else:
+        assert await get(await asyncio.open_unix_connection(path)) == b"hello"
+        assert caplog.text == ""
+    server.should_exit = True
+    await task
+    with pytest.raises(FileNotFoundError if is_shared else ConnectionRefusedError):
+        await asyncio.open_unix_connection(path)
 
 
 async def hello(scope: Any, receive: Any, send: Any) -> None:
