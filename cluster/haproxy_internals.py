@@ -158,6 +158,8 @@ EMPTY_BACKEND_S = 15.0
 Serve sends one for some seconds during each deployment. HAProxy's health checks notice if the
 routers are really gone; it then uses its backup, Serve's own proxy.
 """
+PROCESS_CHECK_S = 1.0
+"""Interval of looking whether a reload has replaced HAProxy's process, in seconds."""
 DELETE_SERVERS_S = 5.0
 """Interval of deleting removed servers, whose streams can last for hours, in seconds."""
 
@@ -203,7 +205,7 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
     certificate, key = settings.certificate, settings.key
     compare_servers, is_emptied = server_comparison()
     _, is_usable = socket_checks()
-    empty_s, delete_s = EMPTY_BACKEND_S, DELETE_SERVERS_S
+    empty_s, delete_s, check_s = EMPTY_BACKEND_S, DELETE_SERVERS_S, PROCESS_CHECK_S
     rest_between_checks = signal_rest()
 
     def set_up(actor: Any) -> str:
@@ -318,33 +320,40 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
         async def keep_running() -> None:
             api, deleted_s = actor._haproxy, 0.0
             while True:
-                dead = api._proc
-                if dead is None:
-                    await asyncio.sleep(1.0)
-                else:  # another one replaces it after a reload
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(1.0):
-                            await dead.wait()
-                if dead is None or dead.returncode is None:
-                    if api._tandem_removed and time.monotonic() - deleted_s > delete_s:
-                        await delete_removed()
-                        deleted_s = time.monotonic()
-                    continue
-                # SIGTERM ends a whole cluster: `down` kills this process within a second. Serve's
-                # own stop kills HAProxy, then clears `_proc`.
-                await asyncio.sleep(2.0 if dead.returncode in (-15, 128 + 15) else 0.1)
-                async with actor._reload_lock:
-                    if api._proc is not dead:
-                        continue
-                    logger.error("HAProxy died (%s); restarting it", dead.returncode)
-                    try:
-                        await api.start()
-                        api._old_procs.append(dead)
-                        api._tandem_running = None
-                        api._tandem_removed.clear()
-                    except Exception:
-                        logger.exception("HAProxy does not start")
-                        await asyncio.sleep(1)
+                process = api._proc
+                # One wait for each process, because asyncio keeps cancelled ones until its end.
+                end = asyncio.sleep(check_s) if process is None else process.wait()
+                ended = asyncio.ensure_future(end)
+                try:
+                    while api._proc is process and not ended.done():
+                        await asyncio.wait({ended}, timeout=check_s)
+                        is_due = time.monotonic() - deleted_s > delete_s
+                        if is_due and api._tandem_removed and not ended.done():
+                            await delete_removed()
+                            deleted_s = time.monotonic()
+                finally:
+                    ended.cancel()
+                if process is not None and process.returncode is not None:
+                    await restart(process)
+
+        async def restart(dead: Any) -> None:
+            """Start HAProxy again, unless its end was intended."""
+            # SIGTERM ends a whole cluster: `down` kills this process within a second. Serve's own
+            # stop kills HAProxy, then clears `_proc`.
+            await asyncio.sleep(2.0 if dead.returncode in (-15, 128 + 15) else 0.1)
+            api = actor._haproxy
+            async with actor._reload_lock:
+                if api._proc is not dead:
+                    return
+                logger.error("HAProxy died (%s); restarting it", dead.returncode)
+                try:
+                    await api.start()
+                    api._old_procs.append(dead)
+                    api._tandem_running = None
+                    api._tandem_removed.clear()
+                except Exception:
+                    logger.exception("HAProxy does not start")
+                    await asyncio.sleep(1)
 
         # Serve's own proxy, also HAProxy's fallback, fails on headers that are not UTF-8 and would
         # obey the hidden ones. The router gets all headers.

@@ -350,6 +350,45 @@ async def test_a_dead_haproxy_is_restarted_and_a_stopped_one_is_not(haproxy_api:
     manager._tandem_guard.cancel()  # type: ignore[attr-defined]
 
 
+async def test_waiting_for_the_end_of_haproxy_does_not_grow(
+    haproxy_api: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(haproxy_internals, "PROCESS_CHECK_S", 0.01)
+    processes = [await asyncio.create_subprocess_exec("sleep", "600") for _ in range(2)]
+    num_checks, running = 0, processes[0]
+
+    class Api(type(haproxy_api)):  # type: ignore[misc]
+        @property
+        def _proc(self) -> asyncio.subprocess.Process:
+            nonlocal num_checks
+            num_checks += 1
+            return running
+
+    async def num_waiting(process: asyncio.subprocess.Process) -> tuple[int, int]:
+        """Return how many wait for the process after ten more checks, and how many ever did."""
+        until = num_checks + 10
+        async with asyncio.timeout(60):
+            while num_checks < until:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        waiters = process._transport._exit_waiters  # type: ignore[attr-defined]
+        return sum(not each.cancelled() for each in waiters), len(waiters)
+
+    haproxy_api.__class__ = Api
+    manager = FakeManager(haproxy_api)
+    try:
+        assert haproxy_internals.proxy_setup(LIMITS)(manager) == ""
+        await asyncio.sleep(0)
+        assert await num_waiting(processes[0]) == (1, 1)
+        running = processes[1]  # as after a reload; the other one drains
+        assert await num_waiting(processes[1]) == (1, 1)
+        assert await num_waiting(processes[0]) == (0, 1)
+        manager._tandem_guard.cancel()  # type: ignore[attr-defined]
+    finally:
+        for process in processes:
+            process.kill()
+            await process.wait()
+
+
 async def test_a_terminated_haproxy_is_restarted_only_if_its_cluster_survives(
     haproxy_api: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
