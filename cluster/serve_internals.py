@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from cluster.ray_internals import (
     LOOPBACK_VARIABLE,
@@ -96,6 +97,9 @@ MEMBERS = (
         f"{_SERVE}.deployment_state:DeploymentReplica.get_running_replica_info",
         "see ``keep_updating_replicas``",
         "cluster_node_info_cache",
+    ),
+    PrivateName(
+        f"{_SERVE}.constants:CONTROL_LOOP_INTERVAL_S", "see ``configured_control_interval``"
     ),
     PrivateName(f"{_SERVE}.controller:CONTROL_LOOP_INTERVAL_S", "see ``set_control_interval``"),
     PrivateName(
@@ -247,10 +251,26 @@ def keep_updating_replicas() -> None:
     DeploymentState.get_running_replica_infos = get_running_replica_infos
 
 
-def set_control_interval(interval_s: float) -> None:
-    """Set the pause between two passes of the loop of Serve's controller, this process."""
+def configured_control_interval() -> float:
+    """Return the interval with which Serve was started, in seconds."""
+    from ray.serve._private import constants
+
+    return float(constants.CONTROL_LOOP_INTERVAL_S)
+
+
+_wanted_intervals_s: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+# Here, since Serve pickles the policies' own module by value, once per policy.
+
+
+def set_control_interval(policy: Any, wanted_s: float) -> None:
+    """Set the pause between two passes of the loop of Serve's controller, this process.
+
+    It is the shortest one that any policy wants.
+    """
     from ray.serve._private import controller, deployment_state
 
+    _wanted_intervals_s[policy] = wanted_s
+    interval_s = min(_wanted_intervals_s.values())
     # The second module derives from it how many replicas to check in one pass.
     controller.CONTROL_LOOP_INTERVAL_S = interval_s
     deployment_state.CONTROL_LOOP_INTERVAL_S = interval_s

@@ -43,7 +43,8 @@ DECISION_INTERVAL_S = 2.0
 STEADY_INTERVAL_S = 1.0
 """Pause of the controller's loop while all deployments have the replicas they should have."""
 CHANGING_INTERVAL_S = 0.25
-"""The same while replicas start or stop, and before the first call of the policy."""
+"""The same while replicas start or stop, and before the first call of the policy. Clusters of
+``tandem up`` and the image start Serve with it; with another interval, the pause never changes."""
 NODES_TIMEOUT_S = 1.0
 """Maximum time for which reading the cluster's nodes blocks Serve's controller."""
 _NO_CAPACITY = ("cores", NO_GAIN)
@@ -161,10 +162,13 @@ class ApplicationPolicy:
                 self._next_decision_at = now + _PAUSE_AFTER_ERROR_S
         targets = {id: targets.get(id, c.target_num_replicas) for id, c in contexts.items()}
         is_steady = all(c.current_num_replicas == targets[id] for id, c in contexts.items())
-        serve_internals.set_control_interval(
-            STEADY_INTERVAL_S if is_steady else CHANGING_INTERVAL_S
-        )
+        self._set_control_interval(STEADY_INTERVAL_S if is_steady else CHANGING_INTERVAL_S)
         return targets, {}
+
+    def _set_control_interval(self, wanted_s: float) -> None:
+        # Otherwise Tandem did not start the cluster, or the user has set the interval.
+        if serve_internals.configured_control_interval() == CHANGING_INTERVAL_S:
+            serve_internals.set_control_interval(self, wanted_s)
 
     def _limit_rollout(self, deployment: _Deployment) -> _Deployment:
         settings, name = deployment.settings, deployment.pool.partition("@")[0]

@@ -1,10 +1,12 @@
 """The autoscaling policy in Serve's own autoscaling state, with the deployments of ``build``."""
 
+import gc
 import json
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from msgspec import structs
 from ray import cloudpickle
 from ray.exceptions import RpcError
+from ray.serve._private import constants as serve_constants
 from ray.serve._private import controller as serve_controller
 from ray.serve._private import deployment_state
 from ray.serve._private.autoscaling_state import ApplicationAutoscalingState
@@ -29,6 +32,7 @@ from ray.serve.config import AutoscalingPolicy
 from cluster import ray_internals
 from cluster.autoscaling.reports import Latency, LoadReport
 from cluster.config.file import AUTOSCALING_POLICY
+from cluster.launch.environment import cluster_environment
 from cluster.rollout import RolloutState
 from deployments import app as app_module
 from deployments import autoscaling, decisions
@@ -138,8 +142,7 @@ def test_pools_follow_what_routers_report_within_the_budget(
 def test_the_controller_looks_more_often_while_replicas_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in (serve_controller, deployment_state):
-        monkeypatch.setattr(module, "CONTROL_LOOP_INTERVAL_S", 0.1)
+    start_serve(monkeypatch, autoscaling.CHANGING_INTERVAL_S)
     controller = Controller(monkeypatch, application_policy=True)
     controller.run(ROUTER, "r")
     intervals = []
@@ -150,6 +153,52 @@ def test_the_controller_looks_more_often_while_replicas_start(
         assert intervals[-1] == deployment_state.CONTROL_LOOP_INTERVAL_S
     changing, steady = autoscaling.CHANGING_INTERVAL_S, autoscaling.STEADY_INTERVAL_S
     assert intervals == [changing, steady, changing, steady]
+
+
+def start_serve(monkeypatch: pytest.MonkeyPatch, interval_s: float) -> None:
+    """Set what Serve reads from the environment; forget the policies of other tests."""
+    gc.collect()
+    for module in (serve_constants, serve_controller, deployment_state):
+        monkeypatch.setattr(module, "CONTROL_LOOP_INTERVAL_S", interval_s)
+
+
+@pytest.mark.parametrize("application_policy", [True, False])
+def test_the_controller_looks_more_often_while_any_application_changes(
+    monkeypatch: pytest.MonkeyPatch, application_policy: bool
+) -> None:
+    start_serve(monkeypatch, autoscaling.CHANGING_INTERVAL_S)
+    steady, changing = (
+        Controller(monkeypatch, application_policy=application_policy) for _ in range(2)
+    )
+    for controller in (steady, changing):
+        controller.run(ROUTER, "r")
+    steady.run(POOL, "a")
+    for controller in (changing, steady):
+        controller.step()
+        assert serve_controller.CONTROL_LOOP_INTERVAL_S == autoscaling.CHANGING_INTERVAL_S
+    del changing.state  # as if deleted
+    gc.collect()
+    steady.step()
+    assert serve_controller.CONTROL_LOOP_INTERVAL_S == autoscaling.STEADY_INTERVAL_S
+
+
+@pytest.mark.parametrize("interval_s", [0.1, 2.0])
+def test_the_interval_of_a_cluster_with_other_settings_stays(
+    monkeypatch: pytest.MonkeyPatch, interval_s: float
+) -> None:
+    start_serve(monkeypatch, interval_s)
+    controller = Controller(monkeypatch, application_policy=True)
+    for replicas in ((), ("a",)):
+        controller.run(ROUTER, "r")
+        controller.run(POOL, *replicas)
+        controller.step()
+        assert interval_s == serve_controller.CONTROL_LOOP_INTERVAL_S
+
+
+def test_clusters_of_tandem_start_with_the_shorter_interval() -> None:
+    variables = cluster_environment({}, Path("/home"), "0f3a-77", haproxy=False)
+    started_s = float(variables["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"])
+    assert started_s == autoscaling.CHANGING_INTERVAL_S
 
 
 def test_the_phases_of_a_start_are_exported_and_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
