@@ -99,7 +99,12 @@ class EngineReplica:
         self._app = RaiseIfDead(self._traced_app(pool, operations), engine.check_health)
         self._answers = AnswerStore(operations.idempotency)
         self._watch = ReplicaWatch(
-            operations, pool, self._num_in_flight, self.retire, engine.workers
+            operations,
+            pool,
+            self._num_in_flight,
+            self.retire,
+            engine.workers,
+            engine.on_demand_bytes,
         )
         self._counted_app = CountedApp(self._answer, RouteTable(engine.routes()), registry)
         self._server = await start_link_server(

@@ -55,6 +55,7 @@ class ReplicaWatch:
         num_in_flight: Returns the replica's requests in flight.
         retire: Drains the replica and has it replaced; takes the reason.
         workers: Workers of the engine in other actors on this node.
+        on_demand_bytes: See ``Engine.on_demand_bytes``.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class ReplicaWatch:
         num_in_flight: Callable[[], int],
         retire: Callable[[str], Awaitable[None]],
         workers: Sequence[EngineWorker] = (),
+        on_demand_bytes: int = 0,
     ) -> None:
         identity = serve.get_replica_context().replica_id
         self._id: str = identity.unique_id
@@ -71,7 +73,9 @@ class ReplicaWatch:
         self._devices = _devices(config, pool.name, workers)
         pids = [worker.pid for worker in workers]
         self.accounts = _accounts(config, pool, self._devices, pids)
-        self._memory = MemoryWatch(config.leaks, pool.name, num_in_flight, self._on_leak, pids)
+        self._memory = MemoryWatch(
+            config.leaks, pool.name, num_in_flight, self._on_leak, pids, on_demand_bytes
+        )
         deployment = identity.deployment_id
         name = f"{deployment.app_name}/{deployment.name}"
         self._lease = ReplacementLease(RayKeys(), name, config.leaks.pause_s, time.time)

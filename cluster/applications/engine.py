@@ -30,6 +30,7 @@ class TaskEngine:
     """
 
     workers: Sequence[EngineWorker] = ()
+    on_demand_bytes = 0
     prefixes = None
     context_tokens = None
     resume_key = ""

@@ -84,6 +84,13 @@ class Engine(Protocol):
     def workers(self) -> Sequence[EngineWorker]:
         """Workers in other actors of the placement group, on this node. Valid after ``start``."""
 
+    @property
+    def on_demand_bytes(self) -> int:
+        """Memory that its processes on this node have reserved and take at first use, in bytes.
+
+        A KV cache on CPUs; otherwise 0. Valid after ``start``.
+        """
+
     def load(self) -> Load:
         """Return the current load; never blocks."""
 

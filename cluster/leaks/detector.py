@@ -7,6 +7,9 @@ samples with similar, not growing traffic are compared.
 The growth rate is the Theil-Sen slope, the median of the slopes between pairs of samples. It stays
 near the truth even if 29 % of the samples are arbitrarily wrong, such as during a large batch
 (P. K. Sen, JASA 63, 1968).
+
+A KV cache on CPUs takes memory as its blocks are first used, for hours if traffic is low. Growth up
+to the size of what a process has reserved in this way, its allowance, does not count.
 """
 
 from collections import deque
@@ -48,10 +51,17 @@ _UNKNOWN = Growth(0.0, False)
 
 
 class LeakDetector:
-    """Leak detector for one process."""
+    """Leak detector for one process.
 
-    def __init__(self, config: LeaksConfig) -> None:
+    Args:
+        config: Settings.
+        allowance_bytes: Growth after ``settle_s`` that does not count.
+    """
+
+    def __init__(self, config: LeaksConfig, allowance_bytes: float = 0.0) -> None:
         self._config = config
+        self._allowance_bytes = allowance_bytes
+        self._settled_bytes: float | None = None
         self._samples: deque[MemorySample] = deque(
             maxlen=round(config.window_s / config.sample_s) + 1
         )
@@ -63,7 +73,7 @@ class LeakDetector:
             self._first_s = sample.at_s
         if sample.at_s - self._first_s < self._config.settle_s:
             return _UNKNOWN
-        self._samples.append(sample)
+        self._samples.append(self._without_allowance(sample))
         slope = theil_sen_slope(self._samples)
         if slope is None:
             return _UNKNOWN
@@ -75,6 +85,13 @@ class LeakDetector:
             and slope.bytes_per_s * covered_s >= self._config.min_growth_bytes
         )
         return Growth(slope.bytes_per_s, leaking)
+
+    def _without_allowance(self, sample: MemorySample) -> MemorySample:
+        if self._settled_bytes is None:
+            self._settled_bytes = sample.resident_bytes
+        grown = max(0.0, sample.resident_bytes - self._settled_bytes)
+        allowed = min(grown, self._allowance_bytes)
+        return sample._replace(resident_bytes=sample.resident_bytes - allowed)
 
 
 class Slope(NamedTuple):

@@ -20,7 +20,13 @@ STARTED = "started"
 class MemoryWatch:
     """Memory of this process, its descendants and its workers; call ``close`` at the end.
 
-    ``on_leak`` is called after each sample that shows a leak, with the process and its growth.
+    Args:
+        config: Settings.
+        model: Label of the metrics.
+        in_flight: Returns the requests in flight.
+        on_leak: Called after each sample that shows a leak, with the process and its growth.
+        workers: See ``resident_memory``.
+        on_demand_bytes: See ``Engine.on_demand_bytes``; growth of ``STARTED`` that is no leak.
     """
 
     def __init__(
@@ -30,12 +36,14 @@ class MemoryWatch:
         in_flight: Callable[[], int],
         on_leak: Callable[[str, Growth], None] = lambda process, growth: None,
         workers: Sequence[int] = (),
+        on_demand_bytes: int = 0,
     ) -> None:
         self._model = model
         self._in_flight = in_flight
         self._on_leak = on_leak
         self._config = config
-        self._detectors = _detectors(config)
+        self._on_demand_bytes = on_demand_bytes
+        self._detectors = self._make_detectors()
         self._workers = workers
         self._latest: dict[str, tuple[int, Growth]] = {}
         self._periodic = Periodic("memory watch", config.sample_s, self._sample)
@@ -44,7 +52,7 @@ class MemoryWatch:
         """Apply changed settings; the examined window is cleared."""
         if config != self._config:
             self._config = config
-            self._detectors = _detectors(config)
+            self._detectors = self._make_detectors()
             self._periodic.period_s = config.sample_s
 
     def observe(self, registry: Registry) -> None:
@@ -66,9 +74,11 @@ class MemoryWatch:
             if growth.leaking:
                 self._on_leak(process, growth)
 
-
-def _detectors(config: LeaksConfig) -> dict[str, LeakDetector]:
-    return {OWN: LeakDetector(config), STARTED: LeakDetector(config)}
+    def _make_detectors(self) -> dict[str, LeakDetector]:
+        return {
+            OWN: LeakDetector(self._config),
+            STARTED: LeakDetector(self._config, self._on_demand_bytes),
+        }
 
 
 def resident_memory(workers: Sequence[int] = ()) -> dict[str, int]:

@@ -455,7 +455,7 @@ RESIDENT_MEMORY = _gauge(
 )
 MEMORY_GROWTH = _gauge(
     "tandem_memory_growth_bytes_per_second",
-    "Theil-Sen slope of resident memory while traffic does not grow.",
+    "Theil-Sen slope of resident memory while traffic does not grow, without a filling KV cache.",
     "process",
 )
 DEVICE_TEMPERATURE = _gauge("tandem_device_temperature_celsius", "GPU temperature.", "device")

@@ -1,6 +1,7 @@
 """A replica's watches: memory of real processes, devices, accounting, periodic actions."""
 
 import asyncio
+import itertools
 import os
 import subprocess
 import sys
@@ -94,6 +95,25 @@ async def test_a_leaking_simulated_engine_is_reported() -> None:
     finally:
         await watch.close()
         await engine.stop()
+
+
+async def test_growth_of_an_engine_within_what_it_takes_on_demand_is_not_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = (number * 128 * MIB for number in itertools.count(8))
+    monkeypatch.setattr(
+        "cluster.leaks.watch.resident_memory", lambda _: dict.fromkeys((OWN, STARTED), next(sizes))
+    )
+    config = LeaksConfig(sample_s=0.01, window_s=0.1, settle_s=0, min_bytes_per_s=1)
+    leaks: asyncio.Queue[str] = asyncio.Queue()
+    watch = MemoryWatch(
+        config, "g", lambda: 1, lambda process, _: leaks.put_nowait(process), (), 1024**4
+    )
+    try:
+        async with asyncio.timeout(60):
+            assert [await leaks.get() for _ in range(3)] == [OWN] * 3
+    finally:
+        await watch.close()
 
 
 async def check_repeatedly(watch: DeviceWatch) -> None:

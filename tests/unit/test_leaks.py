@@ -112,6 +112,42 @@ def test_a_leak_is_found_under_varying_traffic() -> None:
     assert seen[-1].bytes_per_s == pytest.approx(60_000, rel=0.5)
 
 
+def fill_cache(leak_bytes_per_s: Callable[[float], float], until_s: float) -> list[Growth]:
+    """Return the growth, with the defaults, of an engine whose cache of 512 MiB fills."""
+    detector, step_s = LeakDetector(LeaksConfig(), 512 * MIB), 15.0
+    seen, leaked = [], 0.0
+    for at_s in (number * step_s for number in range(int(until_s / step_s))):
+        leaked += leak_bytes_per_s(at_s) * step_s
+        resident = 900 * MIB + min(160 * 1024 * at_s, 512 * MIB) + leaked
+        seen.append(detector.add_sample(MemorySample(at_s, resident, 8)))
+    return seen
+
+
+def test_a_cache_that_fills_within_the_allowance_is_not_a_leak() -> None:
+    seen = fill_cache(lambda _: 0, until_s=8000)  # full after 3,277 s
+    assert {growth.bytes_per_s for growth in seen} == {0}
+    assert not any(growth.leaking for growth in seen)
+
+
+@pytest.mark.parametrize("leak_from_s", [0, 5000])
+def test_a_leak_is_found_beyond_the_allowance(leak_from_s: int) -> None:
+    rate = 200 * 1024
+    seen = fill_cache(lambda at_s: rate * (at_s > leak_from_s), until_s=12_000)
+    first_s = next(i for i, growth in enumerate(seen) if growth.leaking) * 15
+    # At most: the cache is full (3,277 s), the allowance is used up, and the window as well.
+    assert first_s <= max(3277, leak_from_s) + 512 * MIB / rate + 1800
+    assert seen[-1].bytes_per_s == pytest.approx(rate)
+
+
+def test_memory_below_the_first_sample_is_no_part_of_the_allowance() -> None:
+    detector = LeakDetector(CONFIG, 64 * MIB)
+    for number in range(100):
+        resident = (500 - 300 * (number > 10)) * MIB + 50_000.0 * 10 * number
+        growth = detector.add_sample(MemorySample(10.0 * number, resident, 8))
+    assert growth.leaking
+    assert growth.bytes_per_s == pytest.approx(50_000)
+
+
 # -- lease -----------------------------------------------------------------------------------------
 
 

@@ -209,3 +209,22 @@ def test_the_share_of_the_nodes_cores_that_a_replica_uses() -> None:
     assert core_share(bound, 1, 8) == 1.0, "other replicas would use the same two cores"
     assert core_share(unbound, 1, 8) == 0.25
     assert core_share(unbound, 2, 8) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("worker", "world_size", "cache_bytes", "expected"),
+    [
+        (arguments.EAGER_CPU_WORKER, 1, 2**29, 2**29),
+        (arguments.EAGER_CPU_WORKER, 2, 2**29, 2**30),
+        ("vllm.v1.worker.cpu_worker.CPUWorker", 1, 2**29, 0),
+        ("vllm.v1.worker.gpu_worker.Worker", 2, None, 0),
+    ],
+)
+def test_only_our_workers_take_memory_when_blocks_are_first_used(
+    worker: str, world_size: int, cache_bytes: int | None, expected: int
+) -> None:
+    vllm_config = SimpleNamespace(
+        parallel_config=SimpleNamespace(worker_cls=worker, world_size=world_size),
+        cache_config=SimpleNamespace(kv_cache_memory_bytes=cache_bytes),
+    )
+    assert arguments.on_demand_bytes(vllm_config) == expected

@@ -28,6 +28,7 @@ class ClassifierEngine:
     resume_key = ""  # answers are not streamed
     adapters = Adapters()
     workers = ()  # it computes in this process
+    on_demand_bytes = 0
     context_tokens: None = None  # longer texts are truncated or split
 
     def __init__(self, config: ClassifierConfig, model_path: str) -> None:

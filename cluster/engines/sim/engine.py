@@ -38,6 +38,7 @@ class SimEngine:
     """``Engine`` without a model: vLLM's responses, with times and failures from ``SimConfig``."""
 
     workers = ()
+    on_demand_bytes = 0
 
     def __init__(self, config: GeneratorConfig) -> None:
         self.config = config

@@ -125,6 +125,17 @@ def resume_answers(vllm_config: Any) -> bool:
     return True
 
 
+def on_demand_bytes(vllm_config: Any) -> int:
+    """Return the KV caches' memory that the workers take when blocks are first used, in bytes.
+
+    Only ``EAGER_CPU_WORKER`` does so; others take all of it at the start.
+    """
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    if parallel.worker_cls != EAGER_CPU_WORKER:
+        return 0
+    return int(parallel.world_size * (cache.kv_cache_memory_bytes or 0))
+
+
 def _check_names(config: GeneratorConfig, known: Iterable[str]) -> None:
     for name, value in config.engine_args.items():
         if name not in known:

@@ -13,6 +13,7 @@ from cluster.engines.prefix_cache import PrefixTracker, make_byte_lengths
 from cluster.engines.vllm import internals
 from cluster.engines.vllm.adapters import LoraAdapters
 from cluster.engines.vllm.app import build_app, set_names
+from cluster.engines.vllm.arguments import on_demand_bytes
 from cluster.engines.vllm.cores import EngineCores
 from cluster.engines.vllm.disconnect import CancelAsDisconnect
 from cluster.engines.vllm.handover import hand_over_answers
@@ -78,6 +79,7 @@ class VllmEngine:
         self._media = Media(config.media)
         self._num_workers = config.num_workers
         self.workers: Sequence[EngineWorker] = ()
+        self.on_demand_bytes = 0
 
     @property
     def start_phases_s(self) -> dict[str, float]:
@@ -99,6 +101,7 @@ class VllmEngine:
         try:
             started = await self._launcher.start(self._make_stat_loggers)
             self._llm = started.llm
+            self.on_demand_bytes = on_demand_bytes(self._llm.vllm_config)
             if self.resume_key:  # the workers have our extension
                 hand_over_answers(self._llm)
                 self.workers = await find_workers(self._llm, self._num_workers)
