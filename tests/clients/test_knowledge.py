@@ -1,7 +1,5 @@
 """Knowledge bases whose results the cluster's cross-encoder orders."""
 
-import os
-import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +7,6 @@ import httpx
 import pytest
 
 from tests.clients.conftest import Server
-from tests.running import wait_until
 
 BASE = "/v1/knowledge/capitals"
 TEXTS = (
@@ -66,12 +63,3 @@ def test_the_scores_of_the_reranker_order_the_passages(http: httpx.Client) -> No
         assert search(http, query, limit=2) == (expected[:2], True)
         changed.append(expected != plain)
     assert any(changed)
-
-
-def test_without_the_reranker_a_search_says_so(http: httpx.Client, server: Server) -> None:
-    plain, _ = search(http, QUERIES[0], rerank=False)
-    (replica,) = server.cluster.deployments()["classifier-reranker"]
-    os.kill(replica["pid"], signal.SIGKILL)
-    wait_until(lambda: search(http, QUERIES[0])[1] is False, 30, "failing")
-    assert search(http, QUERIES[0], rerank=False) == (plain, None)
-    wait_until(lambda: search(http, QUERIES[0])[1] is True, 180, "replacing the reranker")
