@@ -55,7 +55,11 @@ class Call:
         self._num_offered = 0
         scope["extensions"][WRITE] = self._write
         self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
-        self.task.add_done_callback(lambda _: self._changed.set())
+        self.task.add_done_callback(self._end)
+
+    def _end(self, _: asyncio.Future[None]) -> None:
+        self.scope["extensions"].pop(WRITE, None)  # it refers to this object: they would be a cycle
+        self._changed.set()
 
     async def _receive(self) -> Message:
         if self._body is not None:
