@@ -174,7 +174,7 @@ async def test_errors_of_the_router(
 async def test_missing_keys_and_replicas(path: str) -> None:
     async with gateway_world(api_keys_sha256=["0" * 64]) as world:
         check_error(await asgi.post(world.app, path, {}), path, 401)
-    async with gateway_world(queue_timeout_s=0.05) as world:
+    async with gateway_world(queue_timeout_s=0.5) as world:
         check_error(await asgi.post(world.app, path, {"model": "gen"}), path, 503)
 
 
