@@ -345,7 +345,7 @@ def test_the_generator_answers_while_the_classifier_is_built(tmp_path: Path) -> 
             assert up.returncode == 0, output
             assert f"{model}: already built" in output
             texts = {"model": "sentiment", "input": "Fine."}
-            assert httpx.post(f"{http_url}/v1/classify", json=texts, timeout=60).status_code == 200
+            assert httpx.post(f"{http_url}/classify", json=texts, timeout=60).status_code == 200
         finally:
             up.terminate()
             up.communicate()
