@@ -51,7 +51,3 @@ class MediaConfig(Section):
     max_pixels: int = Field(32_000_000, ge=1024)
     """Maximum number of pixels of one image, or of all decoded frames of one video. Each needs 3
     bytes of memory."""
-    max_decoded_pixels: int = Field(512_000_000, ge=1024)
-    """Maximum number of pixels of all images and video frames that are decoded at the same time,
-    from when a file is decoded until the model's input is prepared from it. A request that exceeds
-    it alone gets status 413, one for which others leave too little 429."""

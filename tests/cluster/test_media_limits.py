@@ -13,7 +13,7 @@ from cluster.config import MediaConfig
 from cluster.engines.media_fetch import MediaFailedError
 from cluster.engines.vllm import internals
 from cluster.engines.vllm.media import Media
-from cluster.errors import InvalidRequestError, OverloadedError, RequestError
+from cluster.errors import InvalidRequestError, RequestError
 from tests.cluster.images import bomb, data_url, png
 
 SIDE = 64
@@ -70,24 +70,6 @@ def test_frames_in_a_data_url_share_the_limit_of_pixels() -> None:
 def test_bad_frames_are_refused(frame: bytes) -> None:
     with pytest.raises(InvalidRequestError):
         Media(MediaConfig()).load_data(sequence(png("red"), frame), video_io())
-
-
-def test_decoded_media_share_the_limit_of_the_replica() -> None:
-    shared = Media(MediaConfig(max_decoded_pixels=10 * SIDE * SIDE))
-    image = data_url(png("red", SIDE))
-    held = [shared.load_data(image, internals.ImageMediaIO()) for _ in range(4)]
-    held.append(shared.load(clip(4), video_io()))
-    held.append(shared.load_data(sequence(*[png("red", SIDE)] * 2), video_io()))
-    for refused, kind in ((image, internals.ImageMediaIO()), (sequence(png("red")), video_io())):
-        with pytest.raises(OverloadedError, match="max_decoded_pixels"):
-            shared.load_data(refused, kind)
-    del held[:2]
-    for _ in range(3):  # what cannot be decoded holds nothing
-        with pytest.raises((InvalidRequestError, ValueError)):
-            shared.load_data(image[:-40], internals.ImageMediaIO())
-    assert shared.load(clip(2), video_io())
-    held.clear()
-    assert shared.load(clip(10), video_io())
 
 
 def test_frames_of_different_sizes_are_refused() -> None:

@@ -10,7 +10,6 @@ import pytest
 import pytest_asyncio
 
 from cluster.config import GeneratorConfig
-from cluster.engines.vllm import internals
 from cluster.engines.vllm.engine import VllmEngine
 from cluster.metrics import Registry, table
 from cluster.models import store
@@ -187,25 +186,6 @@ async def test_limits_of_size_number_and_pixels(
     assert await refused(world, CHAT, body(CHAT, *[image] * 17))
     kwargs = {"mm_processor_kwargs": {"size": {"longest_edge": 100_000}}}
     assert await refused(world, CHAT, body(CHAT, image, **kwargs))
-
-
-@pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES])
-async def test_the_memory_of_decoded_images_is_limited(
-    world: World, engine: VllmEngine, path: str
-) -> None:
-    await engine.reconfigure(pool(max_decoded_pixels=2 * 40 * 40))
-    red, blue, green = (data_url(png(color)) for color in ("red", "blue", "green"))
-    assert "media.max_decoded_pixels" in await refused(
-        world, path, body(path, red, blue, green), 413
-    )
-    for _ in range(4):  # each frees what it decoded
-        assert (await asgi.post(world.app, path, body(path, red, blue))).status == 200
-    connector = internals.MEDIA_CONNECTOR_REGISTRY.load("http", media_io_kwargs={})
-    held = connector.load_from_url(green, internals.ImageMediaIO())
-    assert "Retry" in await refused(world, path, body(path, red, blue), 429)
-    del held
-    assert (await asgi.post(world.app, path, body(path, red, blue))).status == 200
-    await engine.reconfigure(pool())
 
 
 async def test_the_requests_of_the_guide(world: World) -> None:

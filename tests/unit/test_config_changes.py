@@ -22,7 +22,7 @@ REPLICAS = """replicas.min replicas.max replicas.target_in_flight replicas.upsca
     replicas.downscale_delay_s replicas.max_surge_percent"""
 RESOURCES = "resources.cpus resources.gpus resources.custom"
 MEDIA = """media.allowed_domains media.allowed_networks media.max_bytes media.timeout_s
-    media.max_redirects media.max_fetches media.max_pixels media.max_decoded_pixels
+    media.max_redirects media.max_fetches media.max_pixels
     audio.max_file_bytes audio.max_duration_s"""
 POOL = f"aliases max_in_flight stall_timeout_s priority routing {REPLICAS}"
 LIVE = {

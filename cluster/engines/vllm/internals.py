@@ -97,7 +97,6 @@ NAMES = {
     "init_app_state": "vllm.entrypoints.launchers.api_server.app_state:init_app_state",
     "ResponsesRequest": "vllm.entrypoints.openai.responses.protocol:ResponsesRequest",
     "ServingRender": "vllm.entrypoints.scale_out.render.serving:ServingRender",
-    "GracefulHTTPError": "vllm.exceptions:GracefulHTTPError",  # has an HTTP status
     "VLLMValidationError": "vllm.exceptions:VLLMValidationError",  # becomes a 400
     "split_audio": "vllm.multimodal.audio:split_audio",
     "with_cancellation": "vllm.entrypoints.serve.utils.api_utils:with_cancellation",

@@ -6,16 +6,13 @@ which fetches any URL.
 
 import asyncio
 from collections import Counter
-from functools import partial
-from http import HTTPStatus
 from io import BytesIO
 from typing import Any
 
 from cluster.config import MediaConfig
 from cluster.engines.media_fetch import MediaFailedError, MediaFetcher, MediaRefusedError
 from cluster.engines.vllm import internals, video
-from cluster.engines.vllm.decoded import DecodedPixels, Reservation
-from cluster.errors import InvalidRequestError, RequestError
+from cluster.errors import InvalidRequestError
 
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Formats of images; Pillow has decoders of many more, which only attackers would use."""
@@ -29,7 +26,6 @@ class Media:
     def __init__(self, config: MediaConfig) -> None:
         self.counts: Counter[str] = Counter()
         """Fetched files by outcome."""
-        self._decoded = DecodedPixels()
         self.configure(config)
 
     def configure(self, config: MediaConfig) -> None:
@@ -68,7 +64,7 @@ class Media:
         """Return the medium in a data URL.
 
         Raises:
-            RequestError: It is not encoded in base64, or exceeds a limit.
+            InvalidRequestError: It is not encoded in base64, or exceeds a limit.
         """
         head, comma, data = url.partition(",")
         if not comma or not head.lower().endswith(_BASE64):
@@ -83,10 +79,8 @@ class Media:
         media_type = head[len("data:") : -len(_BASE64)].partition(";")[0]
         if isinstance(media_io, internals.VideoMediaIO) and video.is_jpeg_sequence(media_type):
             frames = map(_decode, video.split_frames(data, media_io.num_frames))
-            num_pixels = sum(map(count_pixels, frames))
-            with self._decoded.reserve(self._config.max_decoded_pixels) as reservation:
-                self._reserve(reservation, num_pixels)
-                return _kept(video.load_sequence(data, media_io), reservation)
+            self._check_pixels(sum(map(count_pixels, frames)))
+            return video.load_sequence(data, media_io)
         if isinstance(media_io, internals.ImageMediaIO | internals.VideoMediaIO):
             return self.load(_decode(data), media_io)
         return media_io.load_base64(media_type, data)
@@ -95,33 +89,21 @@ class Media:
         """Return the medium in a file.
 
         Raises:
-            RequestError: It has no known format, or too many pixels.
+            InvalidRequestError: It has no known format, or too many pixels.
         """
-        if not isinstance(media_io, internals.ImageMediaIO | internals.VideoMediaIO):
-            return media_io.load_bytes(content)
-        with self._decoded.reserve(self._config.max_decoded_pixels) as reservation:
-            if isinstance(media_io, internals.VideoMediaIO):
-                reserve = partial(self._reserve, reservation)
-                return _kept(video.load_container(content, media_io, reserve), reservation)
-            self._reserve(reservation, count_pixels(content))
-            return _kept(media_io.load_bytes(content), reservation)
+        if isinstance(media_io, internals.VideoMediaIO):
+            return video.load_container(content, media_io, self._check_pixels)
+        if isinstance(media_io, internals.ImageMediaIO):
+            self._check_pixels(count_pixels(content))
+        return media_io.load_bytes(content)
 
-    def _reserve(self, reservation: Reservation, num_pixels: int) -> None:
+    def _check_pixels(self, num_pixels: int) -> None:
         if num_pixels > self._config.max_pixels:
             raise MediaFailedError(
                 f"An image, or a video's frames together, have {num_pixels} pixels; the limit is "
                 f"{self._config.max_pixels} (media.max_pixels).",
                 param="url",
             )
-        reservation.grow_to(num_pixels)
-
-
-def _kept(loaded: Any, reservation: Reservation) -> Any:
-    """Return a loaded medium whose pixels stay reserved until it is freed."""
-    media = loaded.media
-    frames = media[0] if isinstance(media, tuple) else media  # a video's metadata is the other
-    reservation.keep_for(frames)
-    return loaded
 
 
 def _decode(data: str) -> bytes:
@@ -163,7 +145,7 @@ def _connector_class(media: Media) -> type:
                     return await super().load_from_url_async(url, media_io, **options)
                 content = await media.fetch(url, tuple(self.allowed_media_domains))
                 return await asyncio.to_thread(media.load, content, media_io)
-            except RequestError as error:
+            except InvalidRequestError as error:
                 raise _as_vllms(error) from None
 
         def load_from_url(self, url: str, media_io: Any, **options: Any) -> Any:
@@ -177,7 +159,7 @@ def _connector_class(media: Media) -> type:
                     "data URL, as `data:image/png;base64,…`.",
                     param="url",
                 )
-            except RequestError as error:
+            except InvalidRequestError as error:
                 raise _as_vllms(error) from None
 
     return Connector
@@ -191,9 +173,6 @@ def _is_file(url: str) -> bool:
     return url[:5].lower() == "file:"
 
 
-def _as_vllms(error: RequestError) -> Exception:
-    if isinstance(error, InvalidRequestError):
-        converted: Exception = internals.VLLMValidationError(str(error), parameter=error.param)
-    else:
-        converted = internals.GracefulHTTPError(str(error), HTTPStatus(error.status))
+def _as_vllms(error: InvalidRequestError) -> Exception:
+    converted: Exception = internals.VLLMValidationError(str(error), parameter=error.param)
     return converted

@@ -27,8 +27,6 @@ class HttpRequest:
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self.usage = usage_of(scope)
-        self.decoded_pixels = 0
-        """Pixels of its images and video frames."""
         self._path = scope["path"]
         self._receive = receive
         self._pieces: list[bytes] | None = [] if self._path in PROMPT_PATHS else None
@@ -70,15 +68,6 @@ def add_prompt_tokens(num_tokens: int) -> None:
     request = _request.get()
     if request is not None:
         request.usage.prompt_tokens += num_tokens
-
-
-def add_decoded_pixels(num_pixels: int) -> int:
-    """Add pixels to the current request, and return their number in the request so far."""
-    request = _request.get()
-    if request is None:
-        return num_pixels
-    request.decoded_pixels += num_pixels
-    return request.decoded_pixels
 
 
 class TrackRequest:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
-from cluster.errors import InvalidRequestError, RequestError
+from cluster.errors import InvalidRequestError
 
 VIDEO_FORMATS = ("avi", "matroska", "mov", "mp4", "webm")
 """FFmpeg's names of the containers that are read. Playlists are not among them: FFmpeg would open
@@ -17,8 +17,7 @@ _JPEG_SEQUENCE = "video/jpeg"
 
 
 Check = Callable[[int], None]
-"""Reserves memory for a number of pixels, of all decoded frames together; raises ``RequestError``
-above the limits."""
+"""Raises if a number of pixels, of all decoded frames together, is above the limit."""
 
 
 def is_jpeg_sequence(media_type: str) -> bool:
@@ -57,7 +56,7 @@ def load_container(content: bytes, media_io: Any, check: Check) -> Any:
 def _load(load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except RequestError:
+    except InvalidRequestError:
         raise
     except Exception:  # the decoders raise many types
         raise _unreadable() from None
