@@ -55,10 +55,10 @@ def cluster_environment(
         # file. With both, logging took 20 % of a router's CPU time.
         "RAY_SERVE_LOG_TO_STDERR": "0",
         # An idle process that wakes up takes a core from an engine that uses all of them, and the
-        # engine's other threads wait for it. By default, Serve's controller looks ten times a
-        # second, and so do many loops of Ray, in every process; the log monitor lists all log files
-        # as often; agents ask for their parent every 0.4 s; the dashboard measures its own memory
-        # every 5 s; and Ray's processes count and time each event of their loops.
+        # engine's other threads wait for it. By default, Serve's controller runs its loop ten times
+        # a second, and many loops of Ray run as often, in every process; the log monitor lists all
+        # log files as often; agents check every 0.4 s that their parent is alive; the dashboard
+        # measures its own memory every 5 s; and Ray's processes count and time each event.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",  # until ``deployments.autoscaling`` sets it
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
         "RAY_raylet_report_resources_period_milliseconds": "1000",

