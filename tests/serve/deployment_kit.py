@@ -88,6 +88,7 @@ def replace_ray(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     monkeypatch.setattr(router, "get_serve_logs_dir", lambda: str(directory))
     monkeypatch.setattr(router, "wrap_http_app", lambda *args: None)
     monkeypatch.setattr(router, "end_http10_bodies_by_closing", lambda: None)
+    monkeypatch.setattr(router, "offer_direct_writes", lambda: None)
     for module in (replica, router):
         monkeypatch.setattr(module, "log_with_serve", lambda: None)
         monkeypatch.setattr(module, "RayExporter", Background)

@@ -41,8 +41,8 @@ async def test_model_selects_the_pool() -> None:
     ("path", "body", "status", "says"),
     [
         (CHAT, {"model": "nope"}, 404, "Known models: cls, gen"),
-        ("/v1/tasks/translate", {}, 404, "section `applications`"),
-        ("/v1/knowledge", {}, 404, "section `applications`"),
+        ("/v1/tasks/translate", {}, 404, "Add `applications: {}`"),
+        ("/v1/knowledge", {}, 404, "Add `applications: {}`"),
         (CHAT, b"{", 400, "not valid JSON"),
         (CHAT, b"\xff\xfe", 400, "not valid JSON"),
         (CHAT, b"[1]", 400, "object"),
