@@ -37,8 +37,13 @@ class UsageSums:
     cost: float = 0.0
 
     def add(self, other: "UsageSums") -> None:
-        for name, amount in asdict(other).items():
-            setattr(self, name, getattr(self, name) + amount)
+        # Called for each request; a loop over the fields takes ten times as long.
+        self.requests += other.requests
+        self.prompt_tokens += other.prompt_tokens
+        self.cached_tokens += other.cached_tokens
+        self.completion_tokens += other.completion_tokens
+        self.joules += other.joules
+        self.cost += other.cost
 
 
 UsageRow = tuple[UsageKey, UsageSums]

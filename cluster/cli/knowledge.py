@@ -37,7 +37,7 @@ def add(name: str, paths: Sequence[Path], target: Target) -> None:
                 _add_file(router, name, id_, file)
             except (RequestError, OSError) as error:
                 failed += 1
-                print(f"{id_}: not added: {error}")
+                print(f"{id_}: not added: {getattr(error, 'strerror', None) or error}")
                 if getattr(error, "status", 400) not in (400, 413):
                     raise
     if failed or not files:

@@ -84,7 +84,6 @@ class MixedLoad:
         """Send requests when they are due, independent of the responses."""
         num_requests = int(seconds * REQUESTS_PER_S)
         durations_s: list[float] = []
-        began = time.perf_counter()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         async with (
             httpx.AsyncClient(
@@ -92,6 +91,7 @@ class MixedLoad:
             ) as client,
             asyncio.TaskGroup() as group,
         ):
+            began = time.perf_counter()
             for number, chunk in zip(range(num_requests), cycle(self.chunks), strict=False):
                 due_s = number / REQUESTS_PER_S
                 await asyncio.sleep(due_s - (time.perf_counter() - began))

@@ -105,6 +105,8 @@ async def test_the_command_line(tmp_path: Path) -> None:
         failed = await kb("add", "docs", str(tmp_path / "skipped.bin"))
         assert isinstance(failed.exception, DataError)
         assert "skipped.bin: not added: The type" in failed.output
+        missing = await kb("add", "docs", str(tmp_path / "missing.md"))
+        assert missing.output == "missing.md: not added: No such file or directory\n"
         listed = await kb("list", "docs")
         assert listed.output.split()[4:8] == ["notes.txt", "text", "1", str(len(NOTES))]
         assert (await kb("list")).output.split() == [

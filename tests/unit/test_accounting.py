@@ -2,6 +2,7 @@
 
 import random
 import sqlite3
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -285,6 +286,12 @@ def test_missing_joules_are_null_with_a_reason_and_empty_in_csv() -> None:
         "joules_source",
         "1970-01-01T00:00:00Z,a,m,1,10,0,5,,0.5,no-counter",
     ]
+
+
+def test_every_field_is_summed() -> None:
+    sums = UsageSums(*range(len(fields(UsageSums))))
+    sums.add(sums)
+    assert list(asdict(sums).values()) == [2 * number for number in range(len(fields(UsageSums)))]
 
 
 @pytest.mark.parametrize("name", ["=cmd()", "+1", "-1", "@x"])
