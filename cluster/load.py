@@ -14,3 +14,5 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     """Share of KV blocks in use, 0 to 1."""
     in_flight: int = 0
     """Streams open on the replica, from all routers; the link server fills it in."""
+    slots: int = 0
+    """Requests that can run at the same time; 0 if unknown."""

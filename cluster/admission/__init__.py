@@ -8,12 +8,14 @@ keys          contents of a key file
 limits        a tenant's quota at one router
 leases        division of the quotas among routers
 fair_queue    order in which queued requests are served
+headroom      slots that a tenant with a backlog leaves to others
 capacity      work that a router may have at a pool's replicas
 wait_correction   correction of wait estimates by their past errors
 """
 
 from cluster.admission.capacity import PoolCapacity
-from cluster.admission.fair_queue import FairQueue, QueueEntry, QueueLimits
+from cluster.admission.fair_queue import FairQueue, QueueEntry, QueueLimits, rank_of
+from cluster.admission.headroom import MAX_BACKLOG, Headroom
 from cluster.admission.identity import (
     ANONYMOUS,
     MAX_PRIORITY,
@@ -28,11 +30,13 @@ from cluster.admission.wait_correction import WaitCorrection
 
 __all__ = [
     "ANONYMOUS",
+    "MAX_BACKLOG",
     "MAX_PRIORITY",
     "MIN_PRIORITY",
     "OPEN",
     "Counted",
     "FairQueue",
+    "Headroom",
     "Identity",
     "PoolCapacity",
     "QueueEntry",
@@ -42,4 +46,5 @@ __all__ = [
     "TenantLimits",
     "TenantQuota",
     "WaitCorrection",
+    "rank_of",
 ]

@@ -55,7 +55,7 @@ class QueueEntry(Generic[T]):
     @property
     def rank(self) -> int:
         """Rank of its class; the highest is served first."""
-        return _rank(self.weight, self.priority)
+        return rank_of(self.weight, self.priority)
 
 
 @dataclass(slots=True)
@@ -125,6 +125,11 @@ class FairQueue(Generic[T]):
         flows = [flow for group in groups for flow in group.flows.values()]
         return sum(len(group.heap) for group in groups) + sum(len(flow.entries) for flow in flows)
 
+    def num_of(self, tenant: str) -> int:
+        """Return the number of a tenant's entries."""
+        of_tenant = self._by_tenant.get(tenant)
+        return of_tenant.num if of_tenant else 0
+
     def push(self, entry: QueueEntry[T], *, is_limited: bool = True) -> bool:
         """Queue an entry; return False if the queue or its tenant's part of it is full.
 
@@ -157,6 +162,19 @@ class FairQueue(Generic[T]):
                 return self._first_entry(flow)
         return None
 
+    def peek_without_backlog(self, max_entries: int) -> QueueEntry[T] | None:
+        """Return the entry of the class of ``peek`` to serve next if some tenants must wait.
+
+        These are the tenants with more than ``max_entries`` entries. Takes a time in proportion to
+        the number of tenants.
+        """
+        first = self.peek()
+        if first is None:
+            return None
+        flows = self._classes[first.rank].flows.values()
+        small = [flow for flow in flows if flow.num and self.num_of(flow.tenant) <= max_entries]
+        return self._first_entry(min(small, key=lambda flow: flow.tag)) if small else None
+
     def pop(self) -> QueueEntry[T]:
         """Remove and return the entry of ``peek``, and charge its tenant.
 
@@ -166,6 +184,11 @@ class FairQueue(Generic[T]):
         entry = self.peek()
         if entry is None:
             raise IndexError("the queue is empty")
+        self.take(entry)
+        return entry
+
+    def take(self, entry: QueueEntry[T]) -> None:
+        """Remove a queued entry that is served, and charge its tenant."""
         group, flow = self._classes[entry.rank], entry._flow
         assert flow is not None
         group.virtual_time = max(group.virtual_time, flow.tag)
@@ -173,7 +196,6 @@ class FairQueue(Generic[T]):
         self.remove(entry)
         if flow.num:
             self._schedule(group, flow)
-        return entry
 
     def remove(self, entry: QueueEntry[T]) -> None:
         """Remove an entry without serving it; no effect if it is not queued."""
@@ -219,7 +241,7 @@ class FairQueue(Generic[T]):
             weight: The tenant's weight.
             tokens: The work; below 0 if a request did less than estimated.
         """
-        group = self._classes.get(_rank(weight, priority))
+        group = self._classes.get(rank_of(weight, priority))
         flow = group.flows.get(tenant) if group else None
         if group is None or flow is None:
             return
@@ -335,7 +357,8 @@ class FairQueue(Generic[T]):
             del self._by_tenant[flow.tenant]
 
 
-def _rank(weight: float, priority: int) -> int:
+def rank_of(weight: float, priority: int) -> int:
+    """Return the rank of the class of a tenant's requests; the highest is served first."""
     return priority if weight > 0 else BACKGROUND_RANK
 
 

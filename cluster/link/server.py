@@ -10,6 +10,8 @@ from functools import partial
 from ssl import SSLContext
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 from cluster.asgi import ASGIApp, Scope
 from cluster.errors import LinkAuthError, LinkError, LinkProtocolError
 from cluster.link import frames
@@ -130,7 +132,7 @@ class LinkServer:
 
     def current_load(self) -> Load:
         engine: Load = self._load() if self._load is not None else Load()
-        return Load(engine.running, engine.waiting, engine.kv_cache_usage, self.num_streams)
+        return msgspec.structs.replace(engine, in_flight=self.num_streams)
 
     def retire(self) -> None:
         """Refuse new streams; open streams and the connections stay.

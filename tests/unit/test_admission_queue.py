@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -45,6 +45,10 @@ class Engine:
     running: int = 0
     in_flight: int = 0
     max_in_flight: int = MAX_IN_FLIGHT
+    slots: int = 0
+    """Slots that it reports."""
+    waits_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Times from the arrival of each tenant's requests until the engine ran them."""
     _waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
@@ -71,6 +75,7 @@ class Engine:
         return asyncio.get_running_loop().time() - slot.since_s
 
     async def serve(self, claim: Claim, work_tokens: float) -> None:
+        arrived_s = asyncio.get_running_loop().time()
         slot = await self.queue.take_slot(claim)
         if self.running == self.max_running:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -78,6 +83,8 @@ class Engine:
             await turn
         else:
             self.running += 1
+        waited_s = asyncio.get_running_loop().time() - arrived_s
+        self.waits_s[claim.identity.tenant.name].append(waited_s)
         await asyncio.sleep(SERVICE_S * work_tokens / REQUEST_TOKENS)
         if self._waiting:
             self._waiting.popleft().set_result(None)
@@ -88,7 +95,7 @@ class Engine:
     async def report(self) -> None:
         while True:
             await asyncio.sleep(0.05)
-            self.queue.observe_loads([Load(self.running, len(self._waiting))])
+            self.queue.observe_loads([Load(self.running, len(self._waiting), slots=self.slots)])
 
 
 @dataclass
@@ -174,6 +181,22 @@ def test_small_tenant_is_served_next_to_a_flood() -> None:
         result = await drive(Engine(), [flood, small])
         assert result.in_time["small"] >= 0.9 * result.sent["small"]
         assert goodput(result) >= 0.95 * CAPACITY
+
+    run(scenario)
+
+
+def test_a_flood_leaves_free_slots_to_a_small_tenant() -> None:
+    async def scenario() -> None:
+        flood, small = Traffic(Tenant("flood"), 6.0), Traffic(Tenant("small"), 0.4)
+        p98_s = []
+        for slots in (0, 32):
+            engine = Engine(max_running=32, slots=slots)
+            result = await drive(engine, [flood, small])
+            waits_s = sorted(engine.waits_s["small"])
+            p98_s.append(waits_s[int(0.98 * len(waits_s))])
+        assert p98_s[1] < 0.02 < 0.2 < p98_s[0]
+        assert goodput(result) >= 0.9 * 2 * CAPACITY
+        assert result.num_late <= 0.02 * result.in_time["flood"]
 
     run(scenario)
 

@@ -90,6 +90,22 @@ def test_waiting_tenants_get_shares_by_weight(
             assert abs(normal[a] - normal[b]) <= slack[a] + slack[b] + 1e-6
 
 
+def test_tenants_with_a_backlog_can_be_left_out_within_the_highest_class() -> None:
+    queue: FairQueue[str] = FairQueue(ROOMY)
+    for tenant in ("flood", "flood", "flood", "small", "other"):
+        queue.push(entry(tenant))
+    queue.push(entry("small"))
+    queue.push(entry("lower", priority=-1))
+    served = []
+    while (found := queue.peek_without_backlog(2)) is not None:
+        queue.take(found)
+        served.append(found.item)
+        queue.push(entry("flood"))  # its backlog stays
+    assert served == ["small", "other", "small"]
+    assert queue.num_of("flood") == 6
+    assert queue.num_of("small") == 0
+
+
 def test_a_late_tenant_gets_no_credit_and_does_not_wait_for_a_backlog() -> None:
     queue: FairQueue[str] = FairQueue(ROOMY)
     for _ in range(100):

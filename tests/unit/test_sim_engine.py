@@ -35,7 +35,7 @@ async def test_every_token_is_a_separate_chunk() -> None:
         assert answer.events()[-1][1] == "[DONE]"
     texts = {"".join(c["choices"][0]["delta"]["content"] for c in a.data()) for a in answers}
     assert len(texts) == 1
-    assert engine.load() == Load()
+    assert engine.load() == Load(slots=256)
     await engine.stop()
 
 
@@ -51,7 +51,7 @@ async def test_a_client_that_goes_away_frees_its_blocks(how: str) -> None:
     else:
         call.disconnect()
         await call.done()
-    assert engine.load() == Load()
+    assert engine.load() == Load(slots=256)
     await engine.stop()
 
 

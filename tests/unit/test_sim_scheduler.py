@@ -10,6 +10,7 @@ from cluster.config import SimConfig
 from cluster.engines.sim.adapters import AdapterSlots
 from cluster.engines.sim.blocks import BlockPool, block_hashes
 from cluster.engines.sim.scheduler import MAX_STEP_TOKENS, Scheduler, SimRequest
+from cluster.load import Load
 
 
 class Clock:
@@ -265,7 +266,7 @@ def test_every_request_ends_once_and_frees_its_blocks(
             assert one.num_generated == one.max_tokens
             assert one.tokens[: one.num_prompt] == plan[index].prompt
     assert scheduler.blocks.used_tokens == 0
-    assert scheduler.load() == type(scheduler.load())()
+    assert scheduler.load() == Load(slots=max_num_seqs)
 
 
 def check_blocks(pool: BlockPool) -> None:

@@ -112,6 +112,7 @@ class Scheduler:
             running=len(self.running),
             waiting=len(self.waiting),
             kv_cache_usage=self.blocks.used_tokens / self.blocks.capacity_tokens,
+            slots=self.config.max_num_seqs,
         )
 
     def add_request(self, request: SimRequest) -> None:

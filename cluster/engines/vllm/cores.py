@@ -25,6 +25,8 @@ class EngineCores:
     def __init__(self, stall_timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._stall_timeout_s = stall_timeout_s
         self._clock = clock
+        self.max_num_seqs = 0
+        """Requests that can run at the same time in each core; 0 if unknown."""
         self._cores: dict[int, _Core] = {}
 
     def add(self, index: int) -> None:
@@ -63,10 +65,11 @@ class EngineCores:
                 which are stale after an abort that leaves a core idle.
         """
         stats = [core.stats for core in self._cores.values() if core.stats is not None]
+        slots = self.max_num_seqs * len(self._cores)
         if not stats or not unfinished:
-            return Load(running=unfinished)
+            return Load(running=unfinished, slots=slots)
         # Aborted requests may be in the statistics: what runs does not wait.
         running = sum(core.num_running_reqs for core in stats)
         waiting = min(sum(core.num_waiting_reqs for core in stats), max(unfinished - running, 0))
         usage = sum(core.kv_cache_usage for core in stats) / len(self._cores)
-        return Load(unfinished - waiting, waiting, usage)
+        return Load(unfinished - waiting, waiting, usage, slots=slots)

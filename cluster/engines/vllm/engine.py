@@ -102,6 +102,7 @@ class VllmEngine:
             started = await self._launcher.start(self._make_stat_loggers)
             self._llm = started.llm
             self.on_demand_bytes = on_demand_bytes(self._llm.vllm_config)
+            self._cores.max_num_seqs = self._llm.vllm_config.scheduler_config.max_num_seqs
             if self.resume_key:  # the workers have our extension
                 hand_over_answers(self._llm)
                 self.workers = await find_workers(self._llm, self._num_workers)

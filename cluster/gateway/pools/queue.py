@@ -13,12 +13,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from cluster.admission import (
+    MAX_BACKLOG,
     MAX_PRIORITY,
     FairQueue,
+    Headroom,
     PoolCapacity,
     QueueEntry,
     QueueLimits,
     WaitCorrection,
+    rank_of,
 )
 from cluster.errors import OverloadedError, RequestError, UnavailableError
 from cluster.gateway.pools.slots import Claim, Slot, SlotSource
@@ -71,10 +74,12 @@ class AdmissionQueue:
         self._slots = slots
         self._meter = meter
         self._queue: FairQueue[Waiter] = FairQueue(limits)
+        self._headroom = Headroom(self._queue.num_of)
         self._closed = False
         self._correction = WaitCorrection()
         self._num_finished = 0  # requests that finished since the queue was last empty
         self._slots_are_full = False  # the last attempt failed although the capacity had room
+        self._leaves_slots = False  # the first request must leave the free slots to other tenants
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -107,10 +112,12 @@ class AdmissionQueue:
         if claim.joins is not None:
             slot = self._slots.take_slot_at(claim.joins, claim)
             if slot is not None:
-                self.capacity.add_request(claim.work_tokens)
+                self._count(claim)
                 return slot
         if claim.is_retry:
             return await self._retake_slot(claim)
+        tenant, now_s = claim.identity.tenant, asyncio.get_running_loop().time()
+        self._headroom.note_arrival(tenant.name, rank_of(tenant.weight, claim.priority), now_s)
         if not self._queue:
             self._num_finished = 0
             if (slot := self._try_slot(claim)) is not None:
@@ -145,6 +152,7 @@ class AdmissionQueue:
         held_s = self._slots.release_slot(slot, None if is_abandoned else usage)
         learned_tokens = 0.0 if is_abandoned or done_tokens is None else done_tokens
         self.capacity.remove_request(claim.work_tokens, learned_tokens, held_s)
+        self._headroom.remove_request(claim.identity.tenant.name)
         self._num_finished += bool(learned_tokens)
         if done_tokens is not None:
             tenant = claim.identity.tenant
@@ -165,7 +173,7 @@ class AdmissionQueue:
 
     def dispatch(self) -> None:
         """Assign free slots to the requests in the queue."""
-        while (entry := self._queue.peek()) is not None:
+        while (entry := self._next_entry()) is not None:
             waiter = entry.item
             if waiter.slot.done():  # cancelled, but its task has not run since
                 self._queue.remove(entry)
@@ -193,7 +201,7 @@ class AdmissionQueue:
             waiter.slot.set_exception(error)
             return
         if slot is not None:
-            self._queue.pop()
+            self._queue.take(entry)
             # `_retake_slot` charges retries.
             waiter.slot.set_result(replace(slot, is_charged=not waiter.claim.is_retry))
 
@@ -203,8 +211,27 @@ class AdmissionQueue:
         slot = self._slots.take_slot(claim)
         self._slots_are_full = slot is None
         if slot is not None:
-            self.capacity.add_request(claim.work_tokens)
+            self._count(claim)
         return slot
+
+    def _count(self, claim: Claim) -> None:
+        self.capacity.add_request(claim.work_tokens)
+        self._headroom.add_request(claim.identity.tenant.name)
+
+    def _next_entry(self) -> QueueEntry[Waiter] | None:
+        """Return the entry to serve next, of a tenant that may use the slots that are free."""
+        entry = self._queue.peek()
+        self._leaves_slots = entry is not None and self._must_leave_slots(entry)
+        return self._queue.peek_without_backlog(MAX_BACKLOG) if self._leaves_slots else entry
+
+    def _must_leave_slots(self, entry: QueueEntry[Waiter]) -> bool:
+        if entry.item.claim.is_retry:
+            return False
+        capacity, now_s = self.capacity, asyncio.get_running_loop().time()
+        num_reserved = self._headroom.num_reserved(
+            entry.tenant, entry.rank, capacity.num_slots, now_s
+        )
+        return bool(num_reserved) and capacity.free_slots <= num_reserved
 
     async def _retake_slot(self, claim: Claim) -> Slot:
         """Return a slot for a request that had one, before all others."""
@@ -233,6 +260,8 @@ class AdmissionQueue:
         # Retries were in flight, which bounds them; the queue's limits are for new requests.
         if not self._queue.push(entry, is_limited=not claim.is_retry):
             self._displace_for(entry, wait_s)
+        if len(self._queue) > 1 and self._next_entry() is entry:
+            self.dispatch()  # the free slots may be for tenants like this one
         timer = loop.call_at(claim.expires_s, self._expire, entry)
         try:
             return await future
@@ -280,7 +309,7 @@ class AdmissionQueue:
         if self._slots_are_full and len(self._queue) > _SHORT_QUEUE * in_flight:
             return True
         min_finished = max(_MIN_FINISHED, min(_MAX_FINISHED, in_flight))
-        is_stuck = self._slots_are_full or self.capacity.is_saturated(now_s)
+        is_stuck = self._slots_are_full or self._leaves_slots or self.capacity.is_saturated(now_s)
         return is_stuck and self._num_finished >= min_finished
 
     @property
