@@ -9,15 +9,18 @@ from benchmarks.wrk import WrkResult
 
 
 def make_turns(off: list[float], on: list[float]) -> metrics.Turns:
-    def results(rates: list[float]) -> list[StreamResult]:
-        return [StreamResult(rate, WrkResult(1, 1, 1.0, 1.0, 1.0, 0, 0), {}, 0.5) for rate in rates]
+    def results(costs: list[float]) -> list[StreamResult]:
+        load = WrkResult(1, 1, 1.0, 1.0, 1.0, 0, 0)
+        return [
+            StreamResult(100.0, load, {"router": cost - 1, "engine": 1.0}, 0.5) for cost in costs
+        ]
 
     return {metrics.OFF: results(off), metrics.ON: results(on)}
 
 
 def test_the_ratio_compares_neighbouring_turns() -> None:
     # The machine was half as fast in the second turn, and the third turn of one was disturbed.
-    turns = make_turns([100.0, 50.0, 100.0], [98.0, 49.0, 60.0])
+    turns = make_turns([9.8, 19.6, 9.8], [10.0, 20.0, 15.0])
     assert metrics.ratio_to_off(turns, metrics.ON) == pytest.approx(0.98)
 
 

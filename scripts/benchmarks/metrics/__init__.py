@@ -85,8 +85,15 @@ def _run_turns(running: RunningTarget, number: int, args: argparse.Namespace) ->
 
 
 def ratio_to_off(turns: Turns, name: str) -> float:
-    """Return the rate of ``name`` over that of ``OFF``: the median of the turns of one round."""
-    return _rates(turns[name]).over(_rates(turns[OFF])).median
+    """Return the CPU time per token of ``OFF`` over that of ``name``: the median of the turns.
+
+    Rates vary more: they also depend on what else runs and on how the kernel places the threads.
+    """
+    return _cpu_us(turns[OFF]).over(_cpu_us(turns[name])).median
+
+
+def _cpu_us(results: Sequence[StreamResult]) -> Summary:
+    return Summary(tuple(sum(result.cpu_us_per_token.values()) for result in results))
 
 
 def _rates(results: Sequence[StreamResult]) -> Summary:
@@ -123,5 +130,6 @@ def _note(rounds: Sequence[Turns], spans: SpanCounter) -> str:
     return (
         f"{spans.count} spans arrived for {requests} measured requests and those of the warm-ups; "
         "a request without lost spans has four. metrics_us_per_token times the metrics code alone, "
-        "in process, with one write per token. The ratio of a round is the median of its turns."
+        "in process, with one write per token. The ratios are of CPU time per token, of a round "
+        "the median of its turns."
     )
