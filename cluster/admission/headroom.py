@@ -18,7 +18,7 @@ RECENT_S = 5.0
 
 
 class Headroom:
-    """Requests in flight of one pool, by tenant, and who leaves slots to whom.
+    """Requests in flight of one pool by tenant, and the slots that a tenant must leave free.
 
     Args:
         num_queued: Returns the number of a tenant's queued requests.
