@@ -1,9 +1,9 @@
-"""vLLM worker for CPUs: vLLM's own C++ kernels for RMSNorm, one process group, less memory.
+"""vLLM worker for CPUs: direct calls of vLLM's kernels, one process group, less memory.
 
 vLLM imports it by name (``arguments.EAGER_CPU_WORKER``) in the process that runs the worker. vLLM
 0.32 builds these kernels for CPUs but selects them on GPUs only; on CPUs it computes RMSNorm with
 seven PyTorch operations, which are meant to be compiled. Importing this module registers the
-kernels; the worker selects them.
+kernels; the worker selects them. Layers of Llama models call theirs directly (``direct_layers``).
 
 vLLM also makes a dozen process groups of PyTorch's Gloo, each with a thread that wakes up 100 times
 a second, in which it takes a core from the threads that compute. A lone worker's groups are all the
@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import torch.distributed
 
+from cluster.engines.vllm.direct_layers import NORM_ELEMENTS, call_kernels_directly
 from cluster.engines.vllm.internals import CPUWorker, gpu_model_runner, ir
 from cluster.memory import release_free_memory
 
 PROVIDER = "tandem"
-_VECTOR_ELEMENTS = 16  # per step of the kernels
 
 
 class EagerCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not typed
@@ -40,6 +40,11 @@ class EagerCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not typed
             _share_process_group()
         super().init_device()
         gpu_model_runner.allocate_kv_cache = _allocate_on_touch(gpu_model_runner.allocate_kv_cache)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if self.vllm_config.kv_transfer_config is None:  # a connector acts in vLLM's layers
+            call_kernels_directly(self.model_runner.get_model())
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
@@ -88,7 +93,7 @@ def _supports(
     return (
         weight is not None
         and variance_size is None
-        and x.shape[-1] % _VECTOR_ELEMENTS == 0
+        and x.shape[-1] % NORM_ELEMENTS == 0
         and all(other.dtype == x.dtype for other in (weight, *others))
         and all(each.is_contiguous() for each in (x, weight, *others))
     )

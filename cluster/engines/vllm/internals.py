@@ -116,6 +116,18 @@ NAMES = {
     # CPU worker
     "CPUWorker": "vllm.v1.worker.cpu_worker:CPUWorker",  # its import registers torch.ops._C
     "ir": "vllm.ir",  # ops.rms_norm, ops.fused_add_rms_norm
+    # Layers that Tandem computes itself on CPUs
+    "Attention": "vllm.model_executor.layers.attention:Attention",
+    "CPUAttentionBackendImpl": "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl",
+    "LlamaAttention": "vllm.model_executor.models.llama:LlamaAttention",
+    "LlamaDecoderLayer": "vllm.model_executor.models.llama:LlamaDecoderLayer",
+    "LlamaMLP": "vllm.model_executor.models.llama:LlamaMLP",
+    "LlamaModel": "vllm.model_executor.models.llama:LlamaModel",
+    "RMSNorm": "vllm.model_executor.layers.layernorm:RMSNorm",
+    "RotaryEmbedding": "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding",
+    "SiluAndMul": "vllm.model_executor.layers.activation:SiluAndMul",
+    "UnquantizedLinearMethod": "vllm.model_executor.layers.linear:UnquantizedLinearMethod",
+    "get_forward_context": "vllm.forward_context:get_forward_context",
     # Types of objects that vLLM hands out; only their attributes are used
     "AllBlocksCleared": "vllm.distributed.kv_events:AllBlocksCleared",
     "BackgroundResources": "vllm.v1.engine.core_client:BackgroundResources",
