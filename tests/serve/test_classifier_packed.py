@@ -165,29 +165,30 @@ def test_quantize_rounds_and_saturates():
 
 
 def test_the_layout_groups_texts_of_similar_length():
-    layout = Layout.for_batch(texts(19, 20, 20, 40), heads=2, mask_dtype=torch.float32)
-    assert [(group.texts, group.length) for group in layout.groups] == [(3, 20), (1, 40)]
-    assert layout.padded_pairs == 20**2 - 19**2
-    assert layout.packed.starts.tolist()[:4] == [0, 19, 39, 59]
+    layout = Layout.for_lengths((19, 20, 20, 40), heads=2, mask_dtype=torch.float32)
+    found = [(group.texts, group.length, group.keys) for group in layout.groups]
+    assert found == [(3, 20, 32), (1, 40, 48)]
+    assert layout.padded_pairs == 3 * 20 * 32 + 40 * 48 - (19**2 + 2 * 20**2 + 40**2)
+    assert layout.starts.tolist()[:4] == [0, 19, 39, 59]
     assert layout.num_tokens == 99
     gathered = layout.back.tolist()[: 99 * 2]
     assert len(set(gathered)) == len(gathered)
 
 
-def test_many_batcheshave_few_shapes():
+def test_many_batches_have_few_shapes():
     shapes = {"rows": set(), "texts": set(), "products": set()}
     for seed in range(200):
         lengths = sorted(random.Random(seed).choices(range(5, 120), k=20 + seed % 13))
-        layout = Layout.for_batch(texts(*lengths), heads=2, mask_dtype=torch.float32)
-        shapes["rows"].add(len(layout.packed.tokens))
-        shapes["texts"].add(len(layout.packed.starts))
+        layout = Layout.for_lengths(lengths, heads=2, mask_dtype=torch.float32)
+        shapes["rows"].add(len(layout.positions))
+        shapes["texts"].add(len(layout.starts))
         for group in layout.groups:
             parts = group.portions
             shapes["products"] |= {(part.stop - part.start, group.length) for part in parts}
             covered = [row for part in parts for row in range(part.start, part.stop)]
             assert covered == list(range(2 * group.texts))
-        assert len(layout.packed.tokens) <= 1.04 * sum(lengths) + 3
-        assert len(layout.back) == 2 * len(layout.packed.tokens)
+        assert len(layout.positions) <= 1.04 * sum(lengths) + 3
+        assert len(layout.back) == 2 * len(layout.positions)
     # Without rounding and powers of two, the same batches have 186 numbers of rows, 13 numbers of
     # texts and 403 products.
     counts = {kind: len(found) for kind, found in shapes.items()}
@@ -196,14 +197,25 @@ def test_many_batcheshave_few_shapes():
     assert counts["products"] < 403 / 4
 
 
-def test_texts_shorter_than_a_register_are_padded_among_themselves(net):
-    layout = Layout.for_batch(texts(9, 12, 13, 16), heads=2, mask_dtype=torch.bfloat16)
-    assert [(group.texts, group.length) for group in layout.groups] == [(2, 12), (2, 16)]
-    model = PackedBert(net, Arithmetic.plain(torch.bfloat16))
-    ids = texts(*[11] * 200, 13, seed=5)
+def test_a_single_text_gets_the_layout_of_its_length():
+    one, same, other = (Layout.for_lengths([n], 2, torch.float32) for n in (7, 7, 8))
+    assert one is same
+    assert one.num_tokens, other.num_tokens == (7, 8)
+    first, second = texts(7, 7, seed=1)
+    for row in (first, second, ~first):
+        packed = one.pack([row])
+        assert packed.tokens[:7].tolist() == np.maximum(row, ~row).tolist()
+        assert packed.tokens[7:].tolist() == [0]
+        assert (packed.second is None) == (row[0] >= 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_text_gets_the_same_vector_however_much_it_is_padded(net, dtype):
+    model = PackedBert(net, Arithmetic.plain(dtype))
+    ids = texts(*[11] * 20, 13, 13, 16, 17, 20, 31, 33, 36, seed=5)
     together = model.run("embed", ids)
     alone = np.concatenate([model.run("embed", [row]) for row in ids])
-    np.testing.assert_array_equal(together, alone)
+    np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -212,7 +224,7 @@ def test_pooling_ignores_padding(net, mode):
     ids = texts(19, 20, 20, 40)
     packed, padded = PackedBert(net, pooling=pooling), TransformersModel(net, 0, pooling)
     np.testing.assert_allclose(packed.run("embed", ids), padded.run("embed", ids), atol=1e-4)
-    assert 1 < packed.padding < 2  # one row, and the pairs of one token in attention
+    assert 1 < packed.padding < 4  # one row, and the pairs of padded keys in attention
     assert padded.padding == 1
 
 

@@ -30,7 +30,7 @@ MIN_COSINE = 0.99
 MAX_DEVIATION = 0.02
 """Difference up to which two numbers count as equal, as a share of the numbers' spread."""
 BATCH_TEXTS = 32
-RECIPE = "3"
+RECIPE = "4"
 """Version of the low-precision arithmetic and of the comparison. A change makes saved agreements
 invalid."""
 

@@ -20,9 +20,6 @@ from cluster.engines.classifier.model.packed.linear import Arithmetic
 from cluster.engines.classifier.model.packed.network import PackedNetwork
 from cluster.engines.classifier.model.types import Head, Rows, TokenIds, split_by_length
 
-BFLOAT16_LANES = 32
-"""Values in a 512-bit register. PyTorch's softmax computes the remainder of a row one by one."""
-
 
 class PackedBert:
     """``EncoderModel`` of BERT on a CPU, for networks that ``packed.network.supports``.
@@ -46,11 +43,11 @@ class PackedBert:
 
     @torch.inference_mode()
     def run(self, head: Head, ids: Sequence[TokenIds]) -> Rows | list[Rows]:
-        layout = Layout.for_batch(ids, self._heads, self._mask_dtype)
-        self.padding += len(layout.packed.tokens) - layout.num_tokens
+        layout = Layout.for_lengths([len(row) for row in ids], self._heads, self._mask_dtype)
+        self.padding += len(layout.positions) - layout.num_tokens
         self.padding += layout.padded_pairs * self._tokens_per_pair
         attention = GroupedAttention(layout, self._heads)
-        rows = np.asarray(self._network.run(head, layout.packed, attention).numpy(), np.float32)
+        rows = np.asarray(self._network.run(head, layout.pack(ids), attention).numpy(), np.float32)
         return split_by_length(rows, ids) if head == "embed-tokens" else rows[: len(ids)]
 
 
@@ -65,15 +62,16 @@ class GroupedAttention:
         width = projected.shape[1] // 3
         size = width // self.heads
         rows = projected.view(-1, size).index_select(0, self.layout.query_key_value)
-        context = rows.new_empty(len(rows) // 3, size)
-        start = 0
+        context = rows.new_empty(self.heads * sum(g.queries for g in self.layout.groups), size)
+        start = first = 0
         for group in self.layout.groups:
-            count = group.cells * self.heads
-            operands = rows[3 * start : 3 * (start + count)].view(3, -1, group.length, size)
-            query, key, value = operands.unbind(0)
-            out = context[start : start + count].view_as(query)
-            _attend(group, query, key, value, out)
-            start += count
+            stop = first + group.queries * self.heads
+            queries = start + stop - first
+            query = rows[start:queries].view(-1, group.length, size)
+            start = queries + 2 * group.texts * group.keys * self.heads
+            out = context[first:stop].view_as(query)
+            _attend(group, query, rows[queries:start], out)
+            first = stop
         return context.index_select(0, self.layout.back).view(-1, width)
 
     def attend_first(self, query: Tensor, projected: Tensor) -> Tensor:
@@ -83,28 +81,25 @@ class GroupedAttention:
         context = torch.zeros_like(queries)  # rows after the last text stay zero
         start = first = 0
         for group in self.layout.groups:
-            count, stop = group.cells * self.heads, first + group.texts * self.heads
-            operands = rows[2 * start : 2 * (start + count)].view(2, -1, group.length, size)
-            key, value = operands.unbind(0)
-            _attend(group, queries[first:stop], key, value, context[first:stop])
-            start, first = start + count, stop
+            stop = first + group.texts * self.heads
+            end = start + 2 * group.texts * group.keys * self.heads
+            _attend(group, queries[first:stop], rows[start:end], context[first:stop])
+            start, first = end, stop
         return context.view_as(query)
 
 
-def _attend(group: Group, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
-    """Write the attention of ``query``, [texts * heads, queries, size], to ``out``."""
+def _attend(group: Group, query: Tensor, key_value: Tensor, out: Tensor) -> None:
+    """Write the attention of ``query``, [texts * heads, queries, size], to ``out``.
+
+    ``key_value`` has the rows of all keys, then those of all values.
+    """
+    key, value = key_value.view(2, -1, group.keys, query.shape[2]).unbind(0)
     keys = key.transpose(1, 2)
-    scores = query.new_empty(len(query), query.shape[1], group.length)
+    scores = query.new_empty(len(query), query.shape[1], group.keys)
     for part in group.portions:
         torch.bmm(query[part], keys[part], out=scores[part])
     if group.mask is not None:
         scores.view(group.texts, -1, *scores.shape[1:]).add_(group.mask)
-    weights = _softmax(scores)
+    weights = torch.softmax(scores, -1)
     for part in group.portions:
         torch.bmm(weights[part], value[part], out=out[part])
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    if scores.dtype == torch.float32 or scores.shape[-1] % BFLOAT16_LANES == 0:
-        return torch.softmax(scores, -1)
-    return torch.softmax(scores, -1, torch.float32).to(scores.dtype)

@@ -12,7 +12,13 @@ from torch.nn import functional
 from transformers import BertForSequenceClassification, BertModel
 
 from cluster.engines.classifier.model.outputs import Pooling, to_scores
-from cluster.engines.classifier.model.packed.linear import Arithmetic, Linear, PlainLinear, Weights
+from cluster.engines.classifier.model.packed.linear import (
+    Arithmetic,
+    Linear,
+    PlainLinear,
+    Weights,
+    make_linear,
+)
 from cluster.engines.classifier.model.types import Head
 
 
@@ -151,7 +157,7 @@ class PackedNetwork:
             )
             pooler = Weights.from_modules(bert.pooler.dense)
             classifier = Weights.from_modules(network.classifier)
-            self._head = PlainLinear(pooler.to(dtype)), PlainLinear(classifier.to(dtype))
+            self._head = make_linear("pooler", pooler.to(dtype)), PlainLinear(classifier.to(dtype))
 
     def run(self, head: Head, packed: Packed, attention: Attention) -> Tensor:
         """Return [texts, labels or width]; [tokens, width] for ``embed-tokens``."""
