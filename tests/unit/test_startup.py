@@ -1,4 +1,5 @@
 import gc
+import importlib.util
 import subprocess
 import sys
 import time
@@ -7,7 +8,12 @@ import weakref
 import pytest
 
 from cluster.autoscaling.starts import REPORT_TIMEOUT_S, ReplicaStart, StartTracker
-from cluster.engines.startup import StartupTimer, gc_disabled, process_age_s
+from cluster.engines.startup import (
+    StartupTimer,
+    gc_disabled,
+    modules_hidden,
+    process_age_s,
+)
 
 
 def test_startup_phases_leave_no_gap() -> None:
@@ -113,3 +119,19 @@ def test_a_start_that_is_called_off_or_never_reported_is_forgotten() -> None:
     watch.follow(110.0, 2, 2, [])
     watch.follow(111.0 + REPORT_TIMEOUT_S, 2, 2, [])
     assert watch.follow(120.0 + REPORT_TIMEOUT_S, 2, 2, [ReplicaStart(101.0, 9.0)]) is None
+
+
+def test_modules_are_hidden_only_meanwhile_and_only_if_they_are_new(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    with modules_hidden("this", "gc"):
+        assert importlib.util.find_spec("this") is None
+        with pytest.raises(ImportError):
+            importlib.import_module("this")
+        assert importlib.import_module("gc") is gc
+    assert "this" not in sys.modules
+    assert importlib.util.find_spec("this") is not None
+    with pytest.raises(ZeroDivisionError), modules_hidden("this"):
+        raise ZeroDivisionError
+    assert "this" not in sys.modules

@@ -6,9 +6,7 @@ compute anything any more. The runner owns the model, the counters, and the rows
 its first batch on.
 """
 
-import contextlib
 import copy
-import ctypes
 import os
 import threading
 import time
@@ -27,6 +25,7 @@ from cluster.engines.classifier.serving.jobs import Job
 from cluster.engines.classifier.serving.metrics import BatchCounts
 from cluster.engines.classifier.serving.queue import JobQueue, ScheduledBatch
 from cluster.engines.stall import StallDetector
+from cluster.memory import release_free_memory, use_huge_pages
 
 GPU_STREAMS = 2
 """One has its batch computed while the other prepares the next."""
@@ -127,7 +126,8 @@ class ModelRunner:
         try:
             torch.set_num_threads(self._num_threads)
             loaded = self._load()
-            _trim_memory()
+            release_free_memory()  # 0.25 GB after measuring agreement
+            use_huge_pages()  # each text reads all weights: 10 % faster alone, 1 % in batches
             self._probe = [loaded.tokenizer.encode_shortest()]
             shares = [self._num_threads] * GPU_STREAMS
             if loaded.shares_cores:
@@ -219,12 +219,6 @@ class _Stream:
         if number != self._threads:
             torch.set_num_threads(number)
             self._threads = number
-
-
-def _trim_memory() -> None:
-    """Return freed memory to the system: 0.25 GB after measuring agreement."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _scatter(batch: Batch[Job], rows: Rows | list[Rows]) -> list[Job]:
