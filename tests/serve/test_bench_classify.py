@@ -7,7 +7,8 @@ from benchmarks.classify import IN_PROCESS_MEASUREMENTS, LOADS, report
 KEYS = {
     "ratio_vs_kernel", "ratio_vs_kernel_single", "ratio_vs_pipeline", "ratio_vs_infinity",
     "ratio_vs_infinity_single", "ratio_vs_vllm", "single_ms_p50", "single_ms_p99",
-    "padding_waste", "accuracy_delta",
+    "padding_waste", "accuracy_delta", "single_ratio_vs_openvino_bf16",
+    "cpu_ratio_vs_kernel_single",
 }  # fmt: skip
 
 
@@ -20,6 +21,7 @@ def make_results() -> report.Results:
             rounds[server, load] = [rate, rate / 2]
             rounds[server, f"{load} p50"] = [4.0, 8.0]
             rounds[server, f"{load} p99"] = [6.0, 12.0]
+            rounds[server, f"{load} CPU"] = [3.0, 6.0]
     rounds["in process", "bf16 accuracy"] = [0.91, 0.91]
     rounds["in process", "fp32 accuracy"] = [0.92, 0.92]
     rounds["in process", "padding waste"] = [0.01, 0.01]
@@ -44,4 +46,9 @@ def test_the_faster_dtype_of_infinity_counts() -> None:
 
 def test_missing_measurements_have_no_key() -> None:
     rounds = {name: numbers for name, numbers in make_results().items() if name[0] == "tandem"}
-    assert report.make_report(rounds, 27).keys.keys() == {"single_ms_p50", "single_ms_p99"}
+    assert report.make_report(rounds, 27).keys.keys() == {
+        "single_ms_p50",
+        "single_ms_p99",
+        "cpu_s_per_1000_texts",
+        "cpu_s_per_1000_texts_single",
+    }

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.classify import report, texts
+from benchmarks.classify.openvino_worker import install_openvino
 from benchmarks.classify.servers import SERVERS, SPLIT, install_infinity
 from benchmarks.endpoint import TargetError
-from benchmarks.processes import ProcessMemory, find_processes
+from benchmarks.processes import ProcessMemory, cpu_used, find_processes, take_cpu_snapshot
 from benchmarks.report import Report
 from benchmarks.rounds import interleave
 from benchmarks.targets.home import new_home
@@ -32,7 +33,8 @@ LOADS = {"1x64": (1, 64), "32x8": (32, 8), "1x1": (1, 1), "4096x1": (4096, 1)}
 """Texts per request and connections, by name."""
 NUM_BODIES = 128
 IN_PROCESS_MEASUREMENTS = (
-    "bf16 sorted", "bf16 fifo", "bf16 single", "fp32 fifo", "int8 fifo", "int8 sorted",
+    "bf16 sorted", "bf16 sorted CPU", "bf16 fifo", "bf16 single", report.OPENVINO,
+    "fp32 fifo", "int8 fifo", "int8 sorted",
     "hf-fp32 fifo", "hf-bf16 fifo", "hf-bf16 single", "pipeline",
     "bf16 agreement", "int8 agreement", "fp32 accuracy", "bf16 accuracy", "padding waste",
 )  # fmt: skip
@@ -47,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--only-servers", action="store_true", help="skip the measurements without a server"
+    )
+    parser.add_argument(
+        "--without-openvino", action="store_true", help="do not install and measure OpenVINO"
     )
     parser.add_argument(
         "--loads",
@@ -66,7 +71,12 @@ def run(args: argparse.Namespace) -> Report:
         args.seconds = min(args.seconds, 3.0)
     results: report.Results = defaultdict(list)
     with ExitStack() as stack:
-        worker = stack.enter_context(_start_worker())
+        worker = stack.enter_context(_start_worker(sys.executable, "benchmarks.classify.inprocess"))
+        workers = dict.fromkeys(IN_PROCESS_MEASUREMENTS, worker)
+        del workers[report.OPENVINO]
+        if not (args.without_openvino or args.only_servers):
+            python, module = install_openvino(), "benchmarks.classify.openvino_worker"
+            workers[report.OPENVINO] = stack.enter_context(_start_worker(python, module))
         num_tokens = worker.measure("tokens")
         running = {name: stack.enter_context(SERVERS[name]()) for name in args.servers}
         names = [*running] if args.only_servers else ["in process", *running]
@@ -74,7 +84,9 @@ def run(args: argparse.Namespace) -> Report:
             _say(f"round {number + 1}: {name}")
             if name == "in process":
                 for measurement in IN_PROCESS_MEASUREMENTS:
-                    results[name, measurement].append(worker.measure(measurement))
+                    if measurement in workers:
+                        value = workers[measurement].measure(measurement)
+                        results[name, measurement].append(value)
             else:
                 _measure_server(results, name, running[name], args)
     return report.make_report(results, num_tokens)
@@ -93,7 +105,13 @@ def _measure_server(
                 _say(f"  {error}"[:200])
             continue
         run_wrk(server.endpoint, requests, connections, max(1.0, args.seconds / 4))
+        before = take_cpu_snapshot(server.home.path)
         load = run_wrk(server.endpoint, requests, connections, args.seconds)
+        cpu_s = cpu_used(before, take_cpu_snapshot(server.home.path))
+        per_1000 = 1000 / max(1, load.requests * size)
+        results[name, f"{load_name} CPU"].append(sum(cpu_s.values()) * per_1000)
+        if "classifier" in cpu_s:
+            results[name, f"{load_name} replica CPU"].append(cpu_s["classifier"] * per_1000)
         results[name, load_name].append(load.requests * size / load.seconds)
         results[name, f"{load_name} p50"].append(load.p50_ms)
         results[name, f"{load_name} p99"].append(load.p99_ms)
@@ -146,7 +164,7 @@ def _measure_job(server: RunningTarget, size: int, concurrency: int, seconds: fl
 
 @dataclass(frozen=True, slots=True)
 class _Worker:
-    """Process that measures models without a server (``benchmarks.classify.inprocess``)."""
+    """Process that measures models without a server, with the protocol of ``inprocess``."""
 
     child: subprocess.Popen[str]
 
@@ -165,10 +183,10 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _start_worker() -> Iterator[_Worker]:
+def _start_worker(python: str | Path, module: str) -> Iterator[_Worker]:
     with new_home("inprocess") as home, (home.path / "log").open("w") as log:
         model = models_dir() / "sentiment-minilm"
-        command: list[str | Path] = [sys.executable, "-m", "benchmarks.classify.inprocess", model]
+        command: list[str | Path] = [python, "-m", module, model]
         child = subprocess.Popen(
             command,
             env=home.environment,
