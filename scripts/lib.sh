@@ -26,19 +26,22 @@ extra() {
     fi
 }
 
-# Creates .venv with all dependencies. Does nothing if the requirements have not changed.
+# Creates .venv with all dependencies. "set_up cluster" leaves out those of development, such as pandas,
+# which every process of Serve imports if it is installed. Does nothing if .venv is up to date.
 set_up() {
-    local wanted
-    wanted=$(extra) || exit 1
-    wanted="$wanted $(cat pyproject.toml requirements/*.txt | sha256sum)"
-    [[ $(cat "$venv/.tandem" 2>/dev/null) == "$wanted" ]] && return
+    local kind wanted installed prefix=""
+    kind=$(extra) || exit 1
+    wanted="$kind $(cat pyproject.toml requirements/*.txt | sha256sum)"
+    installed=$(cat "$venv/.tandem" 2>/dev/null) || true
+    [[ $installed == "$wanted" ]] && return
+    if [[ ${1:-} == cluster ]]; then
+        prefix=image-
+        wanted="$wanted cluster"
+        [[ $installed == "$wanted" ]] && return
+    fi
     rm -f "$venv/.tandem"
     make_venv
-    if [[ $wanted == gpu* ]]; then
-        install_gpu
-    else
-        install_cpu
-    fi
+    "install_$kind" "requirements/$prefix$kind.txt"
     echo "$wanted" >"$venv/.tandem"
     say "set up in $SECONDS s"
 }
@@ -66,14 +69,14 @@ install_uv() { "$1/bin/python" -m pip install -q --require-hashes -r requirement
 
 uv_install() { "$venv/bin/uv" pip install -q --python "$venv/bin/python" "$@"; }
 
-# Installs the pinned list. --no-deps because vLLM requires torchvision and similar packages, whose
+# Installs a pinned list. --no-deps because vLLM requires torchvision and similar packages, whose
 # wheels on the package index are built for CUDA and fail with the CPU build of torch.
 install_cpu() {
     say "installing packages and torch (takes minutes on a slow connection)"
     install_torch &
     local torch=$!
     # Compile to bytecode now; otherwise every process of the first start compiles the same modules.
-    uv_install --no-deps --require-hashes --compile-bytecode -r requirements/cpu.txt || { wait "$torch" || true; die "cannot install the packages"; }
+    uv_install --no-deps --require-hashes --compile-bytecode -r "$1" || { wait "$torch" || true; die "cannot install the packages"; }
     wait "$torch" || die "cannot install torch"
     uv_install --no-deps --no-build-isolation --editable .
     "$venv/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
@@ -86,10 +89,10 @@ install_torch() {
     "${pip[@]}" 2>/dev/null || "${pip[@]}" --index-url https://download.pytorch.org/whl/cpu
 }
 
-# Installs the pinned list with torch, whose wheel on the package index is built for CUDA.
+# Installs the pinned list $1 with torch, whose wheel on the package index is built for CUDA.
 install_gpu() {
     say "installing packages for GPUs (several GB)"
-    uv_install --no-deps --require-hashes --compile-bytecode -r requirements/gpu.txt ||
+    uv_install --no-deps --require-hashes --compile-bytecode -r "$1" ||
         die "cannot install the packages"
     uv_install --no-deps --no-build-isolation --editable .
 }

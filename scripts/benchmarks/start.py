@@ -2,24 +2,30 @@
 
 - clone to first answer: `git clone` of this checkout's commit, then `./scripts/up` with an empty
   home and without package caches, until a request to the generator is answered. Needs the package
-  index; `--skip-clone` leaves it out;
-- warm start: `tandem up -d` with installed packages and built models, until everything is healthy;
+  index; `--skip-clone` leaves it out, and installs with caches;
+- warm start: `tandem up -d` of that installation, which has no packages of development, with built
+  models, until everything is healthy. Home and ports are the same in all rounds, as a user's are; a
+  first start in this home is not measured;
 - idle: CPU time and PSS of all processes of that cluster. The clients that wait for it have ended.
 """
 
 import argparse
+import contextlib
 import subprocess
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.engine.servers import prepare_model
+from benchmarks.ports import free_ports
 from benchmarks.processes import MB, cpu_used, pss_mb, take_cpu_snapshot
 from benchmarks.report import Report, Table, print_progress
 from benchmarks.rounds import Summary
-from benchmarks.targets.home import ROOT, new_home
-from benchmarks.targets.tandem import start_default, tandem_default
+from benchmarks.targets.home import ROOT, Home, new_home
+from benchmarks.targets.running import ReadyTarget
+from benchmarks.targets.tandem import NUM_PORTS, share_cache, start_default
 
 CLONE_TIMEOUT_S = 1800.0
 SETTLE_S = 30.0  # the first collections of metrics and Serve's first polls are over by then
@@ -30,8 +36,9 @@ GOALS = {
     "idle_cpu_cores": "<= 0.05",
     "idle_memory_gb": "<= 3",
 }
-# pip and uv must download as on a new machine; the modules must be those of the clone.
-NEW_MACHINE = {"PIP_NO_CACHE_DIR": "1", "UV_NO_CACHE": "1", "PYTHONPATH": ""}
+CLONED_CODE = {"PYTHONPATH": ""}
+# pip and uv must download as on a new machine.
+NEW_MACHINE = {**CLONED_CODE, "PIP_NO_CACHE_DIR": "1", "UV_NO_CACHE": "1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,42 +69,73 @@ def run(args: argparse.Namespace) -> Report:
     skip_clone = args.skip_clone or args.quick
     clones: list[float] = []
     starts: list[WarmStart] = []
-    for number in range(args.rounds):
-        if not skip_clone:
-            clones.append(_clone_to_first_answer())
-            print_progress(number, "clone", f"first answer after {clones[-1]:.0f} s")
-        if not starts:
-            _start_once()
-        starts.append(_warm_start(seconds))
-        print_progress(number, "warm start", f"healthy after {starts[-1].healthy_s:.1f} s")
+    with new_home("installed") as installed, new_home("warm") as home:
+        for number in range(args.rounds):
+            if not skip_clone:
+                clones.append(_measure_clone(None if clones else installed))
+                print_progress(number, "clone", f"first answer after {clones[-1]:.0f} s")
+            if not starts:
+                warm = _prepare_warm_starts(home, installed, is_installed=not skip_clone)
+            starts.append(warm.measure(seconds))
+            print_progress(number, "warm start", f"healthy after {starts[-1].healthy_s:.1f} s")
     return make_report(clones, starts)
 
 
-def _start_once() -> None:
-    """Make the next start a warm one: the models are built, and their precisions compared."""
-    prepare_model()  # not before the clone, whose home is its own
-    with tandem_default():
-        pass
-
-
-def _clone_to_first_answer() -> float:
-    with new_home("clone") as home:
-        checkout = home.path / "checkout"
-        began = time.monotonic()
-        subprocess.run(["git", "clone", "-q", ROOT, checkout], check=True)
-        cloned_s = time.monotonic() - began
-        started = start_default(
-            home, checkout / "scripts/up", environment=NEW_MACHINE, timeout_s=CLONE_TIMEOUT_S
-        )
+def _measure_clone(kept: Home | None) -> float:
+    """Return the seconds to the first answer; clone into ``kept`` or a temporary directory."""
+    with contextlib.nullcontext(kept) if kept else new_home("clone") as home:
+        cloned_s = _clone(home)
+        up = _checkout(home) / "scripts/up"
+        started = start_default(home, up, environment=NEW_MACHINE, timeout_s=CLONE_TIMEOUT_S)
+        home.stop()
         return cloned_s + started.ready_s
 
 
-def _warm_start(idle_s: float) -> WarmStart:
-    with tandem_default() as target:
-        home = target.running.home.path
+def _checkout(home: Home) -> Path:
+    return home.path / "checkout"
+
+
+def _clone(home: Home) -> float:
+    began = time.monotonic()
+    subprocess.run(["git", "clone", "-q", ROOT, _checkout(home)], check=True)
+    return time.monotonic() - began
+
+
+@dataclass(frozen=True, slots=True)
+class _WarmCluster:
+    """A home with built models, in which every start is a warm one."""
+
+    home: Home
+    tandem: Path
+    ports: Sequence[int]
+
+    def start(self) -> ReadyTarget:
+        return start_default(
+            self.home, self.tandem, "up", environment=CLONED_CODE, ports=self.ports
+        )
+
+    def measure(self, idle_s: float) -> WarmStart:
+        """Measure one start and then the idle cluster."""
+        target = self.start()
         time.sleep(SETTLE_S)
-        idle = measure_idle(home, idle_s)
-    return WarmStart(target.ready_s, target.healthy_s, idle)
+        idle = measure_idle(self.home.path, idle_s)
+        self.home.stop()
+        return WarmStart(target.ready_s, target.healthy_s, idle)
+
+
+def _prepare_warm_starts(home: Home, installed: Home, *, is_installed: bool) -> _WarmCluster:
+    """Install in ``installed`` if needed, and start a cluster in ``home`` once."""
+    if not is_installed:
+        _clone(installed)
+        up = _checkout(installed) / "scripts/up"
+        installed.run(up, "--help", timeout_s=CLONE_TIMEOUT_S, environment=CLONED_CODE)
+    prepare_model()  # not before the clone, whose home is its own
+    share_cache(home)
+    tandem = _checkout(installed) / ".venv/bin/tandem"
+    cluster = _WarmCluster(home, tandem, free_ports(NUM_PORTS))
+    cluster.start()  # compares the precisions of models, and checks the configuration
+    home.stop()
+    return cluster
 
 
 def measure_idle(home: Path, seconds: float) -> dict[str, ProcessUse]:

@@ -32,8 +32,11 @@ from cluster.models.store import models_dir
 
 TANDEM = Path(sys.executable).with_name("tandem")
 SHARED = ("models", "downloads", "agreement")
-"""Entries of the cache directory that a new home shares. The others are a cluster's state, or the
+"""Entries of the cache directory that a home shares. The others are a cluster's state, or the
 user's: a default cluster would require the keys and run the batches."""
+
+NUM_PORTS = 6
+"""Ports of a cluster: of HTTP, GCS and dashboard, and three of HAProxy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ def tandem_with_pools(
 def tandem_default() -> Iterator[ReadyTarget]:
     """Run the default configuration, as ``./scripts/up`` does, on other ports."""
     with new_home("default") as home:
-        _share_cache(home)
+        share_cache(home)
         yield start_default(home, TANDEM, "up")
 
 
@@ -117,13 +120,16 @@ def start_default(
     *up: str | Path,
     environment: Mapping[str, str] | None = None,
     timeout_s: float = READY_S,
+    ports: Sequence[int] = (),
 ) -> ReadyTarget:
     """Start the default configuration on other ports with the command ``up``.
+
+    ``ports`` are ``NUM_PORTS`` ports; by default, free ones are chosen.
 
     Raises:
         TargetError: The command failed, or there was no token within ``timeout_s``.
     """
-    http, gcs, dashboard, *haproxy = free_ports(6)
+    http, gcs, dashboard, *haproxy = ports or free_ports(NUM_PORTS)
     settings = {
         "http_options.port": http,
         "cluster.ray_port": gcs,
@@ -146,7 +152,8 @@ def start_default(
     return ReadyTarget(running, ready_s, f"{shown}  # on other ports", healthy_s)
 
 
-def _share_cache(home: Home) -> None:
+def share_cache(home: Home) -> None:
+    """Let a home use the built models of the user."""
     (cache() / "agreement").mkdir(parents=True, exist_ok=True)  # so that the first start fills it
     for entry in filter(Path.exists, map(cache().joinpath, SHARED)):
         (home.path / entry.name).symlink_to(entry)
