@@ -31,7 +31,6 @@ from cluster.config.changes import pool_version, router_version
 from cluster.serve_internals import pin_version
 from deployments.autoscaling import DECISION_INTERVAL_S
 from deployments.replica import SHUTDOWN_S, Classifier, EngineReplica, Generator
-from deployments.rollouts import Rollouts
 from deployments.router import Router
 
 NAMED_REPLICA_ROUTER = "deployments.discovery:NamedReplicaRouter"
@@ -68,6 +67,9 @@ def build(args: dict[str, Any] | TandemConfig) -> Application:
 
 def _rollouts(config: TandemConfig, pools: dict[str, Application]) -> Application:
     """Return the decider of all rollouts, which exists while there are any."""
+    # Not imported otherwise: the start of a cluster waits for this module.
+    from deployments.rollouts import Rollouts
+
     decider = serve.deployment(
         Rollouts,
         name="rollouts",

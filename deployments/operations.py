@@ -26,7 +26,6 @@ from cluster.errors import (
 from cluster.key_file import NewKey, add_key, copy_keys, list_keys, revoke_key
 from cluster.launch.auth import ray_token
 from cluster.launch.log_files import describe_logs, entries_for_request
-from cluster.launch.remote_logs import download_logs
 from cluster.models.store import home
 from cluster.ray_internals import (
     HEAD_NODE_RESOURCE_NAME,
@@ -143,6 +142,8 @@ def read_logs(gcs_address: str, request_id: str | None) -> dict[str, Any]:
     Raises:
         StartError: The dashboard does not answer.
     """
+    from cluster.launch.remote_logs import download_logs  # imports httpx, which routers need not
+
     address = read_dashboard_address(gcs_address, GCS_TIMEOUT_S)
     with tempfile.TemporaryDirectory(prefix="tandem-logs-") as scratch:
         root = Path(scratch)

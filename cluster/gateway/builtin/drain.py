@@ -26,13 +26,11 @@ from cluster.gateway.messages import (
     require_operator,
 )
 from cluster.gateway.pools.pool import Pool
-from cluster.gateway.pools.replica import Replica
+from cluster.gateway.pools.replica import REPLICA_DRAIN_PATH, Replica
 from cluster.gateway.router_links import RouterLinks
 from cluster.link import RequestHead
 
 DRAIN_PATH = "/drain"
-REPLICA_DRAIN_PATH = "/internal/drain"
-"""Path at which a replica drains itself; only links reach it."""
 REPLICA_TIMEOUT_S = 5.0
 MIN_PREFIX_CHARS = 3
 _MAX_LISTED = 5

@@ -16,6 +16,8 @@ from cluster.usage import Usage
 if TYPE_CHECKING:
     from cluster.gateway.pools.slots import Claim, Slot
 
+REPLICA_DRAIN_PATH = "/internal/drain"
+"""Path at which a replica drains itself; only links reach it."""
 FALLBACK_AFTER = 2
 """Failed attempts to open a link before requests go through the fallback."""
 
