@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -122,3 +123,27 @@ def anonymous_bytes() -> int:
     """Return the private memory of this process."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+
+
+def test_an_input_embedding_is_packed_when_it_is_multiplied() -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        VocabParallelEmbedding,
+    )
+
+    from cluster.engines.vllm import cpu_worker
+
+    packed: list[object] = []
+
+    def dispatch(layer: Any, remove_weight: bool) -> None:
+        packed.append(layer)
+        layer.cpu_linear = lambda x, weight, bias: x * weight + bias
+
+    embedding, head = (kind.__new__(kind) for kind in (VocabParallelEmbedding, ParallelLMHead))
+    linear = SimpleNamespace()
+    dispatch_when_multiplied = cpu_worker._pack_when_multiplied(dispatch)
+    for layer, removes in ((embedding, False), (head, False), (linear, True)):
+        dispatch_when_multiplied(layer, remove_weight=removes)
+    assert packed == [head, linear]
+    assert [embedding.cpu_linear(2, 3, 4) for _ in range(2)] == [10, 10]
+    assert packed == [head, linear, embedding]

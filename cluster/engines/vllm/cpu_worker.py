@@ -12,8 +12,11 @@ vLLM also makes a dozen process groups of PyTorch's Gloo, each with a thread tha
 a second, in which it takes a core from the threads that compute. A lone worker's groups are all the
 same, so they share one.
 
-And vLLM fills the KV cache with zeros, so that all of it takes memory from the start. Here, a block
+vLLM fills the KV cache with zeros, so that all of it takes memory from the start. Here, a block
 takes memory from its first use on.
+
+And vLLM packs each embedding for multiplications. Here, it does so when one is multiplied: a model
+that has a separate output layer, even with the same weights, only looks up its input embedding.
 """
 
 import mmap
@@ -25,7 +28,13 @@ import torch
 import torch.distributed
 
 from cluster.engines.vllm.direct_layers import NORM_ELEMENTS, call_kernels_directly
-from cluster.engines.vllm.internals import CPUWorker, gpu_model_runner, ir
+from cluster.engines.vllm.internals import (
+    CPUWorker,
+    ParallelLMHead,
+    gpu_model_runner,
+    ir,
+    layer_utils,
+)
 from cluster.memory import release_free_memory, use_huge_pages
 
 PROVIDER = "tandem"
@@ -46,7 +55,12 @@ class EagerCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not typed
         gpu_model_runner.allocate_kv_cache = _allocate_on_touch(gpu_model_runner.allocate_kv_cache)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
+        dispatch = layer_utils.dispatch_cpu_unquantized_gemm
+        layer_utils.dispatch_cpu_unquantized_gemm = _pack_when_multiplied(dispatch)
+        try:
+            super().load_model(*args, **kwargs)
+        finally:
+            layer_utils.dispatch_cpu_unquantized_gemm = dispatch
         if self.vllm_config.kv_transfer_config is None:  # a connector acts in vLLM's layers
             call_kernels_directly(self.model_runner.get_model())
 
@@ -74,6 +88,23 @@ def _allocate_on_touch(allocate: Callable[..., Any]) -> Callable[..., Any]:
 def _zeros_on_touch(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype)
+
+
+def _pack_when_multiplied(dispatch: Callable[..., None]) -> Callable[..., None]:
+    """Return vLLM's ``dispatch_cpu_unquantized_gemm``, which packs input embeddings when used."""
+
+    def dispatch_when_multiplied(layer: Any, remove_weight: bool) -> None:
+        if remove_weight or isinstance(layer, ParallelLMHead):
+            dispatch(layer, remove_weight)
+            return
+
+        def pack_and_multiply(*args: Any) -> Any:
+            dispatch(layer, remove_weight)  # replaces this function
+            return layer.cpu_linear(*args)
+
+        layer.cpu_linear = pack_and_multiply
+
+    return dispatch_when_multiplied
 
 
 def _share_process_group() -> None:

@@ -114,6 +114,8 @@ NAMES = {
     "Scheduler": "vllm.v1.core.sched.scheduler:Scheduler",
     "gpu_model_runner": "vllm.v1.worker.gpu_model_runner",  # CachedRequestState
     # CPU worker
+    "ParallelLMHead": "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead",
+    "layer_utils": "vllm.model_executor.layers.utils",  # dispatch_cpu_unquantized_gemm
     "CPUWorker": "vllm.v1.worker.cpu_worker:CPUWorker",  # its import registers torch.ops._C
     "ir": "vllm.ir",  # ops.rms_norm, ops.fused_add_rms_norm
     # Layers that Tandem computes itself on CPUs
