@@ -12,7 +12,7 @@ from string import Template
 from typing import Any, NamedTuple
 
 from cluster.haproxy_servers import server_comparison
-from cluster.ray_internals import PrivateName, incompatible, signal_rest
+from cluster.ray_internals import PrivateName, incompatible, server_rest, signal_rest
 from cluster.router_sockets import open_router_socket, socket_checks
 
 _SERVE = "ray.serve._private"
@@ -206,7 +206,7 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
     compare_servers, is_emptied = server_comparison()
     _, is_usable = socket_checks()
     empty_s, delete_s, check_s = EMPTY_BACKEND_S, DELETE_SERVERS_S, PROCESS_CHECK_S
-    rest_between_checks = signal_rest()
+    rests = signal_rest(), server_rest()
 
     def set_up(actor: Any) -> str:
         import asyncio
@@ -220,7 +220,8 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
         from ray.serve._private.proxy_request_response import ASGIProxyRequest
 
         logger = logging.getLogger("ray.serve.tandem")
-        rest_between_checks()
+        for rest in rests:
+            rest()
 
         def write_pem(path: str) -> bool:
             """Write certificate and key into HAProxy's file; return True if it changed."""

@@ -52,6 +52,9 @@ EXPORTED = {
         "include_log_monitor temp_dir external_addresses num_redis_shards redis_username "
         "redis_password",
     ),
+    "SubprocessModuleHandle": PrivateName(
+        "ray.dashboard.subprocesses.handle:SubprocessModuleHandle", "rarer checks of its modules"
+    ),
     "cleanup_redis_storage": PrivateName(
         "ray._private.gcs_utils:cleanup_redis_storage",
         "end of a cluster whose GCS has its state in Redis",
@@ -68,6 +71,10 @@ MEMBERS = (
     PrivateName(f"{_NODE}.start_monitor", "start at a lower priority"),
     PrivateName(f"{_NODE}.get_temp_dir_path", "place of the address for other jobs"),
     PrivateName(f"{_NODE}.start_log_monitor", "start at a lower priority"),
+    PrivateName(
+        "ray.dashboard.subprocesses.handle:SubprocessModuleHandle._do_once_health_check",
+        "rarer checks of the dashboard's modules",
+    ),
     PrivateName(f"{_KV}_internal_kv_put", "key-value store", "key value overwrite namespace"),
     PrivateName(f"{_KV}_internal_kv_get", "key-value store", "key namespace"),
     PrivateName(f"{_KV}_internal_kv_exists", "key-value store", "key namespace"),
@@ -319,18 +326,27 @@ DASHBOARD_MODULES = (
 )
 
 
-def limit_dashboard() -> None:
-    """Let the dashboard that this process starts have ``DASHBOARD_MODULES`` only.
+HELPER_MODULE = "cluster.launch.ray_helper"
+"""Module that runs a script of Ray with longer pauses."""
 
-    Each module is a process. Those of Ray Data and Ray Train are left out.
+
+def limit_helpers() -> None:
+    """Let the dashboard and the log monitor that this process starts do less.
+
+    The dashboard has ``DASHBOARD_MODULES`` only: each module is a process, and those of Ray Data
+    and Ray Train are left out. Both run by ``HELPER_MODULE``.
     """
     from ray._private import ray_constants, services
 
     start = services.start_ray_process
+    dashboard = ray_constants.PROCESS_TYPE_DASHBOARD
 
     def start_ray_process(command: list[str], process_type: str, **options: Any) -> Any:
-        if process_type == ray_constants.PROCESS_TYPE_DASHBOARD:
+        if process_type == dashboard:
             command = [*command, f"--modules-to-load={','.join(DASHBOARD_MODULES)}"]
+        if process_type in (dashboard, ray_constants.PROCESS_TYPE_LOG_MONITOR):
+            script = next(place for place, word in enumerate(command) if word.endswith(".py"))
+            command = [*command[:script], "-m", HELPER_MODULE, *command[script:]]
         return start(command, process_type, **options)
 
     services.start_ray_process = start_ray_process
@@ -338,7 +354,7 @@ def limit_dashboard() -> None:
 
 # -- idle workers -----------------------------------------------------------------------------
 
-SIGNAL_REST_S = 0.05
+SIGNAL_REST_S = 0.2
 """Maximum sleep of a worker's main thread between two of Ray's checks for signals, in seconds."""
 
 
@@ -372,3 +388,38 @@ def signal_rest() -> Callable[[], None]:
         sys.is_finalizing = rest_and_check
 
     return rest_between_checks
+
+
+SERVER_REST_S = 0.4
+"""Additional pause of uvicorn's loop, in seconds; it delays the end of a server."""
+
+
+def server_rest() -> Callable[[], None]:
+    """Return a function that makes the HTTP servers of this process wake up less often.
+
+    Ten times a second, uvicorn looks whether it should end, and once a second it writes the header
+    ``date`` for all responses; it has no setting for either.
+
+    The function can be pickled by value, for actors that may be unable to import this package.
+    """
+    rest_s = SERVER_REST_S
+
+    def rest_between_ticks() -> None:
+        import asyncio
+
+        import uvicorn
+
+        on_tick = uvicorn.Server.on_tick
+        if hasattr(on_tick, "tandem_rests"):
+            return
+
+        async def on_rare_tick(server: Any, counter: int) -> bool:
+            ends = await on_tick(server, 0)  # 0: write the header
+            if not ends and counter:
+                await asyncio.sleep(rest_s)
+            return ends or server.should_exit
+
+        on_rare_tick.tandem_rests = True  # type: ignore[attr-defined]
+        uvicorn.Server.on_tick = on_rare_tick  # type: ignore[assignment, method-assign]
+
+    return rest_between_ticks

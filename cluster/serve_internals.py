@@ -20,6 +20,7 @@ from cluster.ray_internals import (
     incompatible,
     resolve,
     resolve_exported,
+    server_rest,
 )
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -187,6 +188,7 @@ def wrap_http_app(
         task, server = await start(wrap(app, bool(own.middlewares)), own, **kwargs)
         if open_socket is not None:
             _add_socket(server, functools.partial(open_socket, own.port))
+        server_rest()()
         return task, server
 
     replica.start_asgi_http_server = start_wrapped

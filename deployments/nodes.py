@@ -11,7 +11,7 @@ from cluster.ray_internals import drain_node, draining_nodes, live_nodes
 
 logger = logging.getLogger("ray.serve.tandem")
 
-WATCH_S = 2.0
+WATCH_S = 5.0
 """Seconds between two looks at the draining nodes. A spot instance has 30 s or more."""
 TIMEOUT_S = 5.0
 MESSAGE = "tandem drain"

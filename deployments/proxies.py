@@ -18,7 +18,7 @@ from cluster.serve_internals import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 logger = logging.getLogger("ray.serve.tandem")
 
-PERIOD_S = 2.0
+PERIOD_S = 5.0
 """Seconds between searches for new proxies."""
 TIMEOUT_S = 10.0
 """Maximum duration of a call to the controller or to a proxy, in seconds."""

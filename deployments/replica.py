@@ -19,11 +19,15 @@ from cluster.engines.base import Engine
 from cluster.engines.classifier import make_classifier_engine
 from cluster.engines.dead import RaiseIfDead
 from cluster.engines.factory import make_generator_engine
-from cluster.engines.startup import StartupTimer, process_age_s
+from cluster.engines.startup import (
+    StartupTimer,
+    call_at_low_priority,
+    is_cluster_starting,
+    process_age_s,
+)
 from cluster.engines.vllm.environment import core_share
 from cluster.errors import DeviceFailedError, EngineDeadError, ReplicaRetiredError
-from cluster.gateway.builtin.drain import REPLICA_DRAIN_PATH
-from cluster.gateway.pools.replica import ReplicaInfo
+from cluster.gateway.pools.replica import REPLICA_DRAIN_PATH, ReplicaInfo
 from cluster.gateway.pools.routes import RouteTable
 from cluster.link import (
     AnswerStore,
@@ -83,7 +87,7 @@ class EngineReplica:
         confine_replica_to_loopback()
         log_with_serve()
         self._model = next(iter(pool.model_files), None)
-        self._engine = engine = make_engine()
+        self._engine = engine = await self._make(make_engine)
         timer.mark("imports")
         self._dead_drain: asyncio.Task[None] | None = None
         self._retired_reason = ""
@@ -124,6 +128,10 @@ class EngineReplica:
         self._exporter = RayExporter(registry)
         signal_rest()()
         release_free_memory()
+
+    async def _make(self, make_engine: Callable[[], Engine]) -> Engine:
+        """Import and make the engine."""
+        return make_engine()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply a changed configuration, which ``build`` has validated; Serve calls this.
@@ -367,6 +375,12 @@ class Classifier(EngineReplica):
     ) -> None:
         self._threads = config.threads
         await self._start(lambda: make_classifier_engine(config), config, operations)
+
+    async def _make(self, make_engine: Callable[[], Engine]) -> Engine:
+        # Generators take longer to start, on the same cores.
+        if is_cluster_starting(os.environ, time.time()):
+            return await call_at_low_priority(make_engine)
+        return make_engine()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return this replica's report, with the share of the node's cores that it uses."""

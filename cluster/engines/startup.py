@@ -1,12 +1,24 @@
-"""Startup helpers: age of the process, timing of phases, cheaper imports."""
+"""Startup helpers: age of the process, timing of phases, priority, cheaper imports."""
 
 import gc
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+from cluster.periodic import run_in_daemon_thread
+
+T = TypeVar("T")
+
+STARTED_AT = "TANDEM_STARTED_AT"
+"""Environment variable with the Unix time at which the start of a local cluster began."""
+CLUSTER_START_S = 60.0
+"""Age of a cluster until which its processes give way to those that start longer, in seconds."""
+START_NICENESS = 10
 
 
 def process_age_s() -> float:
@@ -72,3 +84,25 @@ def modules_hidden(*names: str) -> Iterator[None]:
         for name in hidden:
             if sys.modules.get(name) is None:
                 sys.modules.pop(name, None)
+
+
+def is_cluster_starting(environment: Mapping[str, str], now: float) -> bool:
+    """Return True in the first minute of a local cluster; ``now`` is Unix time."""
+    try:
+        return 0.0 <= now - float(environment[STARTED_AT]) < CLUSTER_START_S
+    except (KeyError, ValueError):
+        return False
+
+
+async def call_at_low_priority(function: Callable[[], T]) -> T:
+    """Call a function in another thread, which gives way to other processes.
+
+    A process without privileges cannot raise its own priority again.
+    """
+
+    def call() -> T:
+        if os.uname().sysname == "Linux":  # elsewhere it would affect the process
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), START_NICENESS)
+        return function()
+
+    return await run_in_daemon_thread(call, "tandem-start")

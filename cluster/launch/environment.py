@@ -7,9 +7,11 @@ starts. Variables set by the user win, except those that close the cluster to ot
 import os
 import shlex
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from cluster.engines.startup import STARTED_AT
 from cluster.haproxy_internals import check_haproxy_template
 from cluster.launch import auth
 from cluster.launch.processes import CLUSTER_ID, HOME
@@ -88,6 +90,7 @@ def cluster_environment(
     fixed = {
         CLUSTER_ID: cluster_id,
         HOME: str(home),
+        STARTED_AT: str(time.time()),
         # Ray sets process titles, which would overwrite /proc/PID/environ (setproctitle).
         "SPT_NOENV": "1",
         # With 0, the node is 127.0.0.1 and Ray binds its ports to it. With 1 (the default on

@@ -107,9 +107,9 @@ def _start_ray(request: StarterInput) -> Future[object]:
     """Start a head node that outlives this process; return the start of the dashboard."""
     import ray
 
-    from cluster.ray_internals import Node, RayParams, limit_dashboard, write_ray_address
+    from cluster.ray_internals import Node, RayParams, limit_helpers, write_ray_address
 
-    limit_dashboard()
+    limit_helpers()
 
     class HeadNode(Node):  # type: ignore[misc]  # Ray is not typed
         def start_api_server(self, **options: Any) -> None:

@@ -1,5 +1,6 @@
 """Private names of Ray: each exists in the installed release, and a missing one is reported."""
 
+import asyncio
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from cluster import haproxy_internals, ray_internals, serve_internals
 from cluster.errors import RayIncompatibleError
+from cluster.launch import ray_helper
 from cluster.ray_internals import PrivateName
 
 ROOT = Path(__file__).parents[2]
@@ -132,11 +134,34 @@ def test_the_dashboard_has_all_modules_in_use(monkeypatch: pytest.MonkeyPatch) -
         started[process_type] = command
 
     monkeypatch.setattr(services, "start_ray_process", start_ray_process)
-    ray_internals.limit_dashboard()
-    for process_type in (ray_constants.PROCESS_TYPE_DASHBOARD, ray_constants.PROCESS_TYPE_RAYLET):
-        services.start_ray_process(["run"], process_type, fate_share=True)
+    ray_internals.limit_helpers()
+    scripts = ray_constants.PROCESS_TYPE_DASHBOARD, ray_constants.PROCESS_TYPE_LOG_MONITOR
+    for process_type in scripts:
+        services.start_ray_process(["python", "-u", "script.py", "-a"], process_type)
+    services.start_ray_process(["raylet"], ray_constants.PROCESS_TYPE_RAYLET, fate_share=True)
+    run = ["python", "-u", "-m", ray_internals.HELPER_MODULE, "script.py", "-a"]
     modules = ",".join(ray_internals.DASHBOARD_MODULES)
     assert started == {
-        ray_constants.PROCESS_TYPE_DASHBOARD: ["run", f"--modules-to-load={modules}"],
-        ray_constants.PROCESS_TYPE_RAYLET: ["run"],
+        ray_constants.PROCESS_TYPE_DASHBOARD: [*run, f"--modules-to-load={modules}"],
+        ray_constants.PROCESS_TYPE_LOG_MONITOR: run,
+        ray_constants.PROCESS_TYPE_RAYLET: ["raylet"],
     }
+
+
+async def test_the_dashboard_pauses_after_each_check_of_a_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    handle = ray_internals.SubprocessModuleHandle
+    events: list[str] = []
+
+    async def check(_handle: Any) -> None:
+        events.append("check")
+
+    async def sleep(pause_s: float) -> None:
+        events.append(f"{pause_s:g} s")
+
+    monkeypatch.setattr(handle, "_do_once_health_check", check)
+    ray_helper.lengthen_pauses("dashboard.py")
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    await handle._do_once_health_check(None)
+    assert events == ["check", f"{ray_helper.HEALTH_PAUSE_S:g} s"]

@@ -1,19 +1,28 @@
 import gc
 import importlib.util
+import os
 import subprocess
 import sys
+import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 
 from cluster.autoscaling.starts import REPORT_TIMEOUT_S, ReplicaStart, StartTracker
 from cluster.engines.startup import (
+    CLUSTER_START_S,
+    START_NICENESS,
+    STARTED_AT,
     StartupTimer,
+    call_at_low_priority,
     gc_disabled,
+    is_cluster_starting,
     modules_hidden,
     process_age_s,
 )
+from cluster.launch import ray_helper
 
 
 def test_startup_phases_leave_no_gap() -> None:
@@ -135,3 +144,52 @@ def test_modules_are_hidden_only_meanwhile_and_only_if_they_are_new(
     with pytest.raises(ZeroDivisionError), modules_hidden("this"):
         raise ZeroDivisionError
     assert "this" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("started_at", "starting"),
+    [
+        ("1000", True),
+        ("941", True),
+        ("940", False),
+        ("1001", False),
+        ("?", False),
+        (None, False),
+    ],
+)
+def test_a_cluster_starts_for_a_minute(started_at: str | None, starting: bool) -> None:
+    assert CLUSTER_START_S == 60.0
+    environment = {} if started_at is None else {STARTED_AT: started_at}
+    assert is_cluster_starting(environment, 1000.0) is starting
+
+
+def niceness_of_this_thread() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+async def test_only_the_called_function_has_a_low_priority() -> None:
+    before = niceness_of_this_thread()
+    assert await call_at_low_priority(niceness_of_this_thread) == max(START_NICENESS, before)
+    assert niceness_of_this_thread() == before
+
+
+async def test_errors_of_a_function_at_low_priority_reach_the_caller() -> None:
+    with pytest.raises(ZeroDivisionError):
+        await call_at_low_priority(lambda: 1 // 0)
+
+
+def test_the_log_monitor_sleeps_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    ray_helper.lengthen_pauses("log_monitor.py")
+    for pause_s in (0.1, 2.0):
+        time.sleep(pause_s)
+    assert slept == [ray_helper.LOG_PAUSE_S, 2.0]
+
+
+def test_a_script_of_ray_keeps_its_name_and_its_options(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print(__name__, __file__, sys.argv)")
+    command = [sys.executable, "-m", "cluster.launch.ray_helper", script, "--a"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"__main__ {script} ['{script}', '--a']"
