@@ -10,8 +10,12 @@ Nothing is imported before, because importing Ray is slow.
 
 import importlib
 import inspect
+import json
+import os
+import queue
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from cluster.errors import RayIncompatibleError
@@ -52,6 +56,10 @@ EXPORTED = {
         "include_log_monitor temp_dir external_addresses num_redis_shards redis_username "
         "redis_password",
     ),
+    "LogMonitor": PrivateName(
+        "ray._private.log_monitor:LogMonitor", "modules that the forks of ``HELPER_MODULE`` share"
+    ),
+    "setproctitle": PrivateName("ray._raylet:setproctitle", "titles of these forks"),
     "SubprocessModuleHandle": PrivateName(
         "ray.dashboard.subprocesses.handle:SubprocessModuleHandle", "rarer checks of its modules"
     ),
@@ -68,9 +76,7 @@ EXPORTED = {
 
 MEMBERS = (
     PrivateName(f"{_NODE}.start_api_server", "start of the dashboard in the background"),
-    PrivateName(f"{_NODE}.start_monitor", "start at a lower priority"),
     PrivateName(f"{_NODE}.get_temp_dir_path", "place of the address for other jobs"),
-    PrivateName(f"{_NODE}.start_log_monitor", "start at a lower priority"),
     PrivateName(
         "ray.dashboard.subprocesses.handle:SubprocessModuleHandle._do_once_health_check",
         "rarer checks of the dashboard's modules",
@@ -327,29 +333,43 @@ DASHBOARD_MODULES = (
 
 
 HELPER_MODULE = "cluster.launch.ray_helper"
-"""Module that runs a script of Ray with longer pauses."""
+"""Module that runs scripts of Ray in one process each, forked after the import of Ray."""
+FORKED_TIMEOUT_S = 600.0
+"""Time for which the start of the dashboard waits for that of the others, in seconds. `tandem up`
+has its own limit."""
 
 
 def limit_helpers() -> None:
-    """Let the dashboard and the log monitor that this process starts do less.
+    """Let the dashboard, log monitor and monitor of the head that this process starts need less.
 
-    The dashboard has ``DASHBOARD_MODULES`` only: each module is a process, and those of Ray Data
-    and Ray Train are left out. Both run by ``HELPER_MODULE``.
+    ``HELPER_MODULE`` runs all three. The dashboard has ``DASHBOARD_MODULES`` only: each module is a
+    process, and those of Ray Data and Ray Train are left out.
     """
     from ray._private import ray_constants, services
 
     start = services.start_ray_process
-    dashboard = ray_constants.PROCESS_TYPE_DASHBOARD
+    forked: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+    forked_types = ray_constants.PROCESS_TYPE_MONITOR, ray_constants.PROCESS_TYPE_LOG_MONITOR
 
     def start_ray_process(command: list[str], process_type: str, **options: Any) -> Any:
-        if process_type == dashboard:
-            command = [*command, f"--modules-to-load={','.join(DASHBOARD_MODULES)}"]
-        if process_type in (dashboard, ray_constants.PROCESS_TYPE_LOG_MONITOR):
-            script = next(place for place, word in enumerate(command) if word.endswith(".py"))
-            command = [*command[:script], "-m", HELPER_MODULE, *command[script:]]
+        if process_type in forked_types:
+            forked.put(_script(command))
+            # Ray lists the ids for the isolation of resources, which Tandem does not use.
+            running = SimpleNamespace(pid=os.getpid())
+            return services.ProcessInfo(running, *[None] * (len(services.ProcessInfo._fields) - 1))
+        if process_type == ray_constants.PROCESS_TYPE_DASHBOARD:
+            scripts = [forked.get(timeout=FORKED_TIMEOUT_S) for _ in forked_types]
+            script = [*_script(command), f"--modules-to-load={','.join(DASHBOARD_MODULES)}"]
+            interpreter = command[: command.index(script[0])]
+            command = [*interpreter, "-m", HELPER_MODULE, json.dumps(scripts), *script]
         return start(command, process_type, **options)
 
     services.start_ray_process = start_ray_process
+
+
+def _script(command: list[str]) -> list[str]:
+    """Return a command of Python without the interpreter and its options."""
+    return command[next(place for place, word in enumerate(command) if word.endswith(".py")) :]
 
 
 # -- idle workers -----------------------------------------------------------------------------

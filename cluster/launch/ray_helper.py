@@ -1,12 +1,18 @@
-"""Runs a script of Ray with longer pauses: ``python -m cluster.launch.ray_helper SCRIPT OPTION``.
+"""Runs scripts of Ray: ``python -m cluster.launch.ray_helper SCRIPTS SCRIPT OPTION``.
 
-Ray has no settings for these pauses, and its processes wake up in them although nothing happens.
+``SCRIPTS`` is JSON: more scripts with their options. Their processes are forks of this one,
+which has imported Ray, so they share its memory. The pauses of their loops are longer: Ray has no
+settings for these, and its processes wake up in them although nothing happens.
 """
 
 import asyncio
+import gc
+import json
+import os
 import runpy
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +44,21 @@ def _check_modules_less_often() -> None:
     SubprocessModuleHandle._do_once_health_check = check_and_pause
 
 
+def fork_for(scripts: Iterable[list[str]], own: list[str]) -> list[str]:
+    """Fork a process for each script; return the one that this process is to run."""
+    gc.freeze()  # otherwise a collection would copy the memory that the processes share
+    return next((script for script in scripts if os.fork() == 0), own)
+
+
+def main(scripts: str, *own: str) -> None:
+    from cluster.ray_internals import LogMonitor, setproctitle  # noqa: F401  # before the forks
+
+    sys.argv = fork_for(json.loads(scripts), list(own))
+    path = Path(sys.argv[0])
+    setproctitle(path.name)
+    lengthen_pauses(path.name)
+    runpy.run_path(str(path), run_name="__main__")
+
+
 if __name__ == "__main__":
-    del sys.argv[0]
-    lengthen_pauses(Path(sys.argv[0]).name)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    main(*sys.argv[1:])

@@ -116,12 +116,6 @@ def _start_ray(request: StarterInput) -> Future[object]:
             start = super().start_api_server
             self.dashboard = call_in_thread(lambda: start(**options), nice=HOUSEKEEPING_NICE)
 
-        def start_monitor(self) -> None:
-            call_in_thread(super().start_monitor, nice=HOUSEKEEPING_NICE).result()
-
-        def start_log_monitor(self) -> None:
-            call_in_thread(super().start_log_monitor, nice=HOUSEKEEPING_NICE).result()
-
     params = RayParams(**request["ray"])
     node = HeadNode(params, head=True, shutdown_at_exit=False, spawn_reaper=False)
     write_ray_address(request["ray_address"])

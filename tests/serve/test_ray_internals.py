@@ -1,6 +1,7 @@
 """Private names of Ray: each exists in the installed release, and a missing one is reported."""
 
 import asyncio
+import json
 import re
 import subprocess
 import sys
@@ -135,16 +136,24 @@ def test_the_dashboard_has_all_modules_in_use(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(services, "start_ray_process", start_ray_process)
     ray_internals.limit_helpers()
-    scripts = ray_constants.PROCESS_TYPE_DASHBOARD, ray_constants.PROCESS_TYPE_LOG_MONITOR
-    for process_type in scripts:
-        services.start_ray_process(["python", "-u", "script.py", "-a"], process_type)
+    forked = []
+    for process_type in (
+        ray_constants.PROCESS_TYPE_MONITOR,
+        ray_constants.PROCESS_TYPE_LOG_MONITOR,
+    ):
+        forked.append([f"{process_type}.py", "-a"])
+        found = services.start_ray_process(["python", "-u", *forked[-1]], process_type)
+        assert found.process.pid
     services.start_ray_process(["raylet"], ray_constants.PROCESS_TYPE_RAYLET, fate_share=True)
-    run = ["python", "-u", "-m", ray_internals.HELPER_MODULE, "script.py", "-a"]
+    command = ["python", "-u", "dashboard.py", "-b"]
+    services.start_ray_process(command, ray_constants.PROCESS_TYPE_DASHBOARD)
     modules = ",".join(ray_internals.DASHBOARD_MODULES)
+    run = ["python", "-u", "-m", ray_internals.HELPER_MODULE, json.dumps(forked)]
     assert started == {
-        ray_constants.PROCESS_TYPE_DASHBOARD: [*run, f"--modules-to-load={modules}"],
-        ray_constants.PROCESS_TYPE_LOG_MONITOR: run,
         ray_constants.PROCESS_TYPE_RAYLET: ["raylet"],
+        ray_constants.PROCESS_TYPE_DASHBOARD: [
+            *(*run, "dashboard.py", "-b", f"--modules-to-load={modules}")
+        ],
     }
 
 

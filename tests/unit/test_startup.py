@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 import weakref
-from pathlib import Path
 
 import pytest
 
@@ -185,11 +184,3 @@ def test_the_log_monitor_sleeps_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     for pause_s in (0.1, 2.0):
         time.sleep(pause_s)
     assert slept == [ray_helper.LOG_PAUSE_S, 2.0]
-
-
-def test_a_script_of_ray_keeps_its_name_and_its_options(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text("import sys; print(__name__, __file__, sys.argv)")
-    command = [sys.executable, "-m", "cluster.launch.ray_helper", script, "--a"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"__main__ {script} ['{script}', '--a']"
