@@ -27,6 +27,7 @@ from cluster.engines.vllm.requests import (
     count_aborted,
     count_prompts,
     count_usage,
+    note_arrivals,
     observe_prompts,
 )
 from cluster.engines.vllm.routes import public_routes
@@ -179,6 +180,7 @@ class VllmEngine:
     def _count_usage(self) -> None:
         llm, outputs = self._llm, self._llm.output_processor
         llm.generate = reject_uncompiled(count_usage(llm.generate))
+        llm.engine_core.add_request_async = note_arrivals(llm.engine_core.add_request_async)
         llm.encode = count_prompts(llm.encode)
         llm.abort = count_aborted(llm.abort, outputs.request_states, outputs.parent_requests)
 

@@ -21,6 +21,7 @@ from typing import Any
 from cluster.config import GeneratorConfig
 from cluster.engines.lifeline import bind_to_parent
 from cluster.engines.vllm import internals
+from cluster.engines.vllm.bursts import gather_bursts
 from cluster.engines.vllm.environment import INTEL_OPENMP, preloaded_openmp
 
 logger = logging.getLogger(__name__)
@@ -157,6 +158,7 @@ def _run(target: Callable[..., None], parent: Connection, /, **kwargs: Any) -> N
         if _others_import():
             return
         parent.send_bytes(b"started")
+    gather_bursts(internals.EngineCoreProc)
     target(**kwargs)
 
 

@@ -73,6 +73,7 @@ NAMES = {
     "engine_utils": "vllm.v1.engine.utils",  # get_mp_context
     "AsyncEngineArgs": "vllm.engine.arg_utils:AsyncEngineArgs",  # arguments -> VllmConfig
     "AsyncLLM": "vllm.v1.engine.async_llm:AsyncLLM",
+    "EngineCoreProc": "vllm.v1.engine.core:EngineCoreProc",  # the engine's process
     "EngineDeadError": "vllm.v1.engine.exceptions:EngineDeadError",  # raised by check_health
     "FlexibleArgumentParser": "vllm.utils.argparse_utils:FlexibleArgumentParser",
     "KVEventsConfig": "vllm.config:KVEventsConfig",
@@ -192,6 +193,9 @@ ATTRIBUTES = {
     "CompletionOutput": ("index", "token_ids", "logprobs", "finish_reason", "stop_reason"),
     "CoreEngineProcManager": ("processes",),
     "DPLBAsyncMPClient": ("engine_inflight", "core_engines"),
+    "EngineCoreProc": (
+        *("_process_input_queue", "_handle_client_request", "has_work", "input_queue"),
+    ),
     "EventBatch": ("ts", "events"),
     "KVEventsConfig": ("enable_kv_cache_events", "endpoint"),
     "LoRARequest": ("lora_name",),

@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.asgi import ASGIApp, Message, Receive, Scope, Send, journal_of, usage_of
 from cluster.engines.prefix_cache import PrefixTracker
+from cluster.engines.vllm.bursts import Arrival
 from cluster.engines.vllm.progress import Progress
 from cluster.routing.fingerprint import PROMPT_PATHS, Fingerprint, fingerprint
 from cluster.usage import UsageCounter
@@ -20,6 +21,7 @@ Generate = Callable[..., AsyncGenerator[Any, None]]
 """``AsyncLLM.generate``; each ``RequestOutput`` it yields holds the new tokens only."""
 
 Abort = Callable[..., Awaitable[None]]
+AddRequest = Callable[[Any], Awaitable[None]]
 
 
 class HttpRequest:
@@ -27,6 +29,7 @@ class HttpRequest:
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self.usage = usage_of(scope)
+        self.arrival = Arrival()
         self._path = scope["path"]
         self._receive = receive
         self._pieces: list[bytes] | None = [] if self._path in PROMPT_PATHS else None
@@ -79,7 +82,23 @@ class TrackRequest:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = HttpRequest(scope, receive)
         _request.set(request)
-        await self._app(scope, request.receive, send)
+        try:
+            await self._app(scope, request.receive, send)
+        finally:
+            request.arrival.end()
+
+
+def note_arrivals(add_request: AddRequest) -> AddRequest:
+    """Wrap ``add_request_async`` of vLLM's client of the engine: the request has arrived then."""
+
+    @wraps(add_request)
+    async def wrapper(engine_request: Any) -> None:
+        await add_request(engine_request)
+        request = _request.get()
+        if request is not None:
+            request.arrival.end()
+
+    return wrapper
 
 
 def count_usage(generate: Generate) -> Generate:
