@@ -34,7 +34,9 @@ from cluster.engines.vllm.internals import (
     gpu_model_runner,
     ir,
     layer_utils,
+    topk_topp_sampler,
 )
+from cluster.engines.vllm.top_p import apply_top_k_top_p
 from cluster.memory import release_free_memory, use_huge_pages
 
 PROVIDER = "tandem"
@@ -47,6 +49,7 @@ class EagerCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not typed
         super().__init__(*args, **kwargs)
         for op in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
             op.set_default([PROVIDER, "native"])
+        topk_topp_sampler.apply_top_k_top_p = apply_top_k_top_p
 
     def init_device(self) -> None:
         if self.parallel_config.world_size_across_dp == 1:

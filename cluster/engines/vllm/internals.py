@@ -118,6 +118,7 @@ NAMES = {
     "ParallelLMHead": "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead",
     "layer_utils": "vllm.model_executor.layers.utils",  # dispatch_cpu_unquantized_gemm
     "CPUWorker": "vllm.v1.worker.cpu_worker:CPUWorker",  # its import registers torch.ops._C
+    "topk_topp_sampler": "vllm.v1.sample.ops.topk_topp_sampler",  # apply_top_k_top_p, …_pytorch
     "ir": "vllm.ir",  # ops.rms_norm, ops.fused_add_rms_norm
     # Layers that Tandem computes itself on CPUs
     "Attention": "vllm.model_executor.layers.attention:Attention",
