@@ -85,6 +85,7 @@ ROWS = (
     Row("classify", "single_ratio_vs_openvino_bf16", "<= 0.9"),
     Row("classify", "ratio_vs_kernel", ">= 0.9"),
     Row("classify", "ratio_vs_kernel_single", ">= 0.75"),
+    Row("classify", "cpu_ratio_vs_kernel_single", "<= 1.15"),
     Row("classify", "ratio_fifo_vs_transformers_bf16", ">= 2.2"),
     Row("classify", "ratio_int8_vs_bf16", ">= 1.3"),
     Row("classify", "replica_pss_mb", "<= 900"),
