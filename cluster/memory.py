@@ -77,10 +77,15 @@ def _is_full(entries: bytes) -> bool:
     return is_present and all(page & _EXCLUSIVE for page in present)
 
 
+def _mappings() -> str:
+    # Names of files may have any bytes.
+    return Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
+
+
 def _anonymous_ranges(size: int) -> list[tuple[int, int]]:
     """Return the parts of writable anonymous mappings that consist of whole huge pages."""
     found = []
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+    for line in _mappings().splitlines():
         addresses, flags, _, _, inode, *name = line.split(maxsplit=5)
         if flags == "rw-p" and inode == "0" and not (name and name[0].startswith("[stack")):
             first, last = (int(each, 16) for each in addresses.split("-"))

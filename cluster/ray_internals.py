@@ -333,17 +333,18 @@ DASHBOARD_MODULES = (
 
 
 HELPER_MODULE = "cluster.launch.ray_helper"
-"""Module that runs scripts of Ray in one process each, forked after the import of Ray."""
+"""Module that imports Ray and then runs each of some scripts of Ray in a fork."""
 FORKED_TIMEOUT_S = 600.0
-"""Time for which the start of the dashboard waits for that of the others, in seconds. `tandem up`
-has its own limit."""
+"""Time for which the start of the dashboard waits until the other two are to start, in seconds.
+`tandem up` has its own limit."""
 
 
 def limit_helpers() -> None:
-    """Let the dashboard, log monitor and monitor of the head that this process starts need less.
+    """Let this process start the head's dashboard, log monitor and monitor as forks of one process.
 
-    ``HELPER_MODULE`` runs all three. The dashboard has ``DASHBOARD_MODULES`` only: each module is a
-    process, and those of Ray Data and Ray Train are left out.
+    ``HELPER_MODULE`` runs all three, once the dashboard is started. The dashboard has
+    ``DASHBOARD_MODULES`` only: each module is a process, and those of Ray Data and Ray Train are
+    left out.
     """
     from ray._private import ray_constants, services
 
@@ -361,7 +362,7 @@ def limit_helpers() -> None:
             scripts = [forked.get(timeout=FORKED_TIMEOUT_S) for _ in forked_types]
             script = [*_script(command), f"--modules-to-load={','.join(DASHBOARD_MODULES)}"]
             interpreter = command[: command.index(script[0])]
-            command = [*interpreter, "-m", HELPER_MODULE, json.dumps(scripts), *script]
+            command = [*interpreter, "-P", "-m", HELPER_MODULE, json.dumps(scripts), *script]
         return start(command, process_type, **options)
 
     services.start_ray_process = start_ray_process

@@ -34,7 +34,8 @@ set_up() {
     wanted="$kind $(cat pyproject.toml requirements/*.txt | sha256sum)"
     installed=$(cat "$venv/.tandem" 2>/dev/null) || true
     [[ $installed == "$wanted" ]] && return
-    if [[ ${1:-} == cluster ]]; then
+    # An environment of development stays one, because what it has more would not be removed.
+    if [[ ${1:-} == cluster && ( -z $installed || $installed == *" cluster" ) ]]; then
         prefix=image-
         wanted="$wanted cluster"
         [[ $installed == "$wanted" ]] && return

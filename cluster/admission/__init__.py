@@ -15,7 +15,7 @@ wait_correction   correction of wait estimates by their past errors
 
 from cluster.admission.capacity import PoolCapacity
 from cluster.admission.fair_queue import FairQueue, QueueEntry, QueueLimits, rank_of
-from cluster.admission.headroom import MAX_BACKLOG, Headroom
+from cluster.admission.headroom import MAX_BACKLOG, MAX_SHARE, RECENT_S, Headroom
 from cluster.admission.identity import (
     ANONYMOUS,
     MAX_PRIORITY,
@@ -32,8 +32,10 @@ __all__ = [
     "ANONYMOUS",
     "MAX_BACKLOG",
     "MAX_PRIORITY",
+    "MAX_SHARE",
     "MIN_PRIORITY",
     "OPEN",
+    "RECENT_S",
     "Counted",
     "FairQueue",
     "Headroom",

@@ -112,9 +112,6 @@ class PoolCapacity:
         """This router's requests at the replicas."""
         self.in_flight_tokens = 0.0
         """Estimated work of these requests."""
-        self.num_slots = float("inf")
-        """Slots of all engines; infinite if one does not report them."""
-        self._num_elsewhere = 0  # requests of other routers at the replicas
         self._waiting_ratio = waiting_ratio
         self._max_in_flight = float("inf")  # bounds a new pool until ``limit_tokens`` falls
         self._has_report = False
@@ -139,11 +136,6 @@ class PoolCapacity:
         return self.in_flight == 0 or (
             self.in_flight < self._max_in_flight and self.in_flight_tokens < self.limit_tokens
         )
-
-    @property
-    def free_slots(self) -> float:
-        """Slots of the engines that no request of any router has; below 0 if some wait there."""
-        return self.num_slots - self.in_flight - self._num_elsewhere
 
     def add_request(self, work_tokens: float) -> None:
         """Count a request that goes to a replica."""
@@ -220,9 +212,6 @@ class PoolCapacity:
         reports = list(loads)
         if not reports:
             return
-        num_slots = sum(load.slots for load in reports)
-        self.num_slots = num_slots if all(load.slots for load in reports) else float("inf")
-        self._num_elsewhere = max(0, sum(load.in_flight for load in reports) - self.in_flight)
         # Medians, so that one replica that lags or lies does not hold up the others.
         num = len(reports)
         running = num * median_low(load.running for load in reports)

@@ -91,6 +91,8 @@ class _Class(Generic[T]):
     virtual_time: float = 0.0
     """Tag of the last request that was served."""
     flows: dict[str, _Flow[T]] = field(default_factory=dict)
+    waiting: dict[str, _Flow[T]] = field(default_factory=dict)
+    """Flows that have entries."""
     heap: list[tuple[float, int, _Flow[T]]] = field(default_factory=list)
     """Flows by tag."""
     tokens: float = 0.0
@@ -163,16 +165,15 @@ class FairQueue(Generic[T]):
         return None
 
     def peek_without_backlog(self, max_entries: int) -> QueueEntry[T] | None:
-        """Return the entry of the class of ``peek`` to serve next if some tenants must wait.
+        """Return the next entry in the top class among tenants with at most ``max_entries``.
 
-        These are the tenants with more than ``max_entries`` entries. Takes a time in proportion to
-        the number of tenants.
+        Takes a time in proportion to the number of tenants that wait.
         """
         first = self.peek()
         if first is None:
             return None
-        flows = self._classes[first.rank].flows.values()
-        small = [flow for flow in flows if flow.num and self.num_of(flow.tenant) <= max_entries]
+        waiting = self._classes[first.rank].waiting.values()
+        small = [flow for flow in waiting if self.num_of(flow.tenant) <= max_entries]
         return self._first_entry(min(small, key=lambda flow: flow.tag)) if small else None
 
     def pop(self) -> QueueEntry[T]:
@@ -191,7 +192,10 @@ class FairQueue(Generic[T]):
         """Remove a queued entry that is served, and charge its tenant."""
         group, flow = self._classes[entry.rank], entry._flow
         assert flow is not None
-        group.virtual_time = max(group.virtual_time, flow.tag)
+        # An entry may be served before the first one; virtual time must not pass that one's tag.
+        first = self._first_flow(group)
+        first_tag = flow.tag if first is None else min(flow.tag, first.tag)
+        group.virtual_time = max(group.virtual_time, first_tag)
         flow.tag += entry.work_tokens / flow.weight
         self.remove(entry)
         if flow.num:
@@ -350,6 +354,10 @@ class FairQueue(Generic[T]):
         for holder in (group, flow):
             holder.num += num
             holder.tokens = holder.tokens + tokens if holder.num else 0.0
+        if flow.num:
+            group.waiting[flow.tenant] = flow
+        else:
+            group.waiting.pop(flow.tenant, None)
         self._total.add(num, tokens)
         of_tenant = self._by_tenant.setdefault(flow.tenant, _Total())
         of_tenant.add(num, tokens)

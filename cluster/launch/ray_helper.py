@@ -1,4 +1,4 @@
-"""Runs scripts of Ray: ``python -m cluster.launch.ray_helper SCRIPTS SCRIPT OPTION``.
+"""Runs scripts of Ray: ``python -P -m cluster.launch.ray_helper SCRIPTS SCRIPT OPTION``.
 
 ``SCRIPTS`` is JSON: more scripts with their options. Their processes are forks of this one,
 which has imported Ray, so they share its memory. The pauses of their loops are longer: Ray has no
@@ -20,7 +20,8 @@ LOG_PAUSE_S = 0.5
 """Pause of the log monitor while no log grows, by default 0.1 s: delay of a line on its way to the
 terminal of a Ray job."""
 HEALTH_PAUSE_S = 10.0
-"""Pause between two checks of a dashboard module, by default 1 s. Ray restarts one that hangs."""
+"""Pause between two requests to a dashboard module for its health, by default 1 s."""
+_EXIT_PAUSE_S = 2.0  # between two looks whether it has exited
 
 
 def lengthen_pauses(script: str) -> None:
@@ -39,7 +40,10 @@ def _check_modules_less_often() -> None:
 
     async def check_and_pause(self: Any) -> None:
         await check(self)
-        await asyncio.sleep(HEALTH_PAUSE_S)
+        for _ in range(int(HEALTH_PAUSE_S / _EXIT_PAUSE_S)):
+            await asyncio.sleep(_EXIT_PAUSE_S)
+            if self.process.exitcode is not None:
+                return  # the next check reports it
 
     SubprocessModuleHandle._do_once_health_check = check_and_pause
 

@@ -141,9 +141,12 @@ def test_an_input_embedding_is_packed_when_it_is_multiplied() -> None:
 
     embedding, head = (kind.__new__(kind) for kind in (VocabParallelEmbedding, ParallelLMHead))
     linear = SimpleNamespace()
-    dispatch_when_multiplied = cpu_worker._pack_when_multiplied(dispatch)
+    pack = cpu_worker._PackWhenMultiplied(dispatch)
     for layer, removes in ((embedding, False), (head, False), (linear, True)):
-        dispatch_when_multiplied(layer, remove_weight=removes)
+        pack(layer, remove_weight=removes)
+    pack.finish([embedding, head, linear])
     assert packed == [head, linear]
     assert [embedding.cpu_linear(2, 3, 4) for _ in range(2)] == [10, 10]
     assert packed == [head, linear, embedding]
+    pack.finish([embedding, linear])  # as in models that multiply the input embedding
+    assert packed == [head, linear, embedding, embedding]

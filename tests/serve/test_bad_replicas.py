@@ -167,6 +167,36 @@ def test_false_load_reports(policy: RoutingPolicy, lie: str) -> None:
     run(scenario)
 
 
+def test_free_slots_are_known_if_each_replica_reports_its_own() -> None:
+    async def scenario() -> None:
+        async with a_fleet("least-load", 2) as fleet:
+            replicas = fleet.gateway.pools["m"].replicas
+            await until(lambda: replicas.engine_slots() == (2 * SEQUENCES, 2 * SEQUENCES))
+            calls = [asyncio.ensure_future(fleet.ask(number)) for number in range(3)]
+            await until(lambda: replicas.engine_slots() == (2 * SEQUENCES, 2 * SEQUENCES - 3))
+            await fleet.add("older", load=lambda engine: Load(engine.load().running))
+            await until(lambda: len(replicas.loads) == 3)
+            assert replicas.engine_slots() is None
+            assert await asyncio.gather(*calls) == [200] * 3
+
+    run(scenario)
+
+
+def test_requests_of_other_routers_take_slots() -> None:
+    async def scenario() -> None:
+        async with a_fleet("least-load", 1) as fleet, a_fleet("least-load") as other:
+            other._servers = dict(fleet._servers)
+            await other._update()
+            replicas = fleet.gateway.pools["m"].replicas
+            calls = [asyncio.ensure_future(other.ask(number)) for number in range(3)]
+            await until(lambda: replicas.engine_slots() == (SEQUENCES, SEQUENCES - 3))
+            assert await asyncio.gather(*calls) == [200] * 3
+            await until(lambda: replicas.engine_slots() == (SEQUENCES, SEQUENCES))
+            other._servers.clear()
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("policy", ["prefix", "least-load"])
 def test_false_cache_claims(policy: RoutingPolicy) -> None:
     async def scenario() -> None:

@@ -200,7 +200,7 @@ def test_many_batches_have_few_shapes():
 def test_a_single_text_gets_the_layout_of_its_length():
     one, same, other = (Layout.for_lengths([n], 2, torch.float32) for n in (7, 7, 8))
     assert one is same
-    assert one.num_tokens, other.num_tokens == (7, 8)
+    assert (one.num_tokens, other.num_tokens) == (7, 8)
     first, second = texts(7, 7, seed=1)
     for row in (first, second, ~first):
         packed = one.pack([row])

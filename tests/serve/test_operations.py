@@ -14,6 +14,7 @@ import pytest
 from cluster.config import RouterConfig
 from cluster.errors import InvalidRequestError, StartError, UnavailableError, UnsupportedError
 from cluster.key_file import NewKey, add_key, list_keys, read_keys
+from cluster.launch import remote_logs
 from cluster.operator_api import KEYS_PATH, LOGS_PATH
 from cluster.ray_internals import RayNode
 from deployments import operations
@@ -278,7 +279,7 @@ def test_entries_above_the_limit_are_left_out(
         return []
 
     monkeypatch.setattr(operations, "read_dashboard_address", lambda *_: "10.0.0.1:8265")
-    monkeypatch.setattr(operations, "download_logs", download)
+    monkeypatch.setattr(remote_logs, "download_logs", download)
     for limit, is_truncated in ((3, False), (2, True)):
         monkeypatch.setattr(operations, "MAX_ENTRIES", limit)
         found = operations.read_logs("10.0.0.1:6379", "id-1")

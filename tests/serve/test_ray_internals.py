@@ -148,7 +148,7 @@ def test_the_dashboard_has_all_modules_in_use(monkeypatch: pytest.MonkeyPatch) -
     command = ["python", "-u", "dashboard.py", "-b"]
     services.start_ray_process(command, ray_constants.PROCESS_TYPE_DASHBOARD)
     modules = ",".join(ray_internals.DASHBOARD_MODULES)
-    run = ["python", "-u", "-m", ray_internals.HELPER_MODULE, json.dumps(forked)]
+    run = ["python", "-u", "-P", "-m", ray_internals.HELPER_MODULE, json.dumps(forked)]
     assert started == {
         ray_constants.PROCESS_TYPE_RAYLET: ["raylet"],
         ray_constants.PROCESS_TYPE_DASHBOARD: [
@@ -157,20 +157,23 @@ def test_the_dashboard_has_all_modules_in_use(monkeypatch: pytest.MonkeyPatch) -
     }
 
 
-async def test_the_dashboard_pauses_after_each_check_of_a_module(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("ends", "pause_s"), [(False, ray_helper.HEALTH_PAUSE_S), (True, 2)])
+async def test_the_dashboard_pauses_after_each_check_unless_the_module_ends(
+    monkeypatch: pytest.MonkeyPatch, ends: bool, pause_s: float
 ) -> None:
     handle = ray_internals.SubprocessModuleHandle
-    events: list[str] = []
+    checks: list[Any] = []
+    pauses_s: list[float] = []
 
     async def check(_handle: Any) -> None:
-        events.append("check")
+        checks.append(_handle)
 
     async def sleep(pause_s: float) -> None:
-        events.append(f"{pause_s:g} s")
+        pauses_s.append(pause_s)
 
     monkeypatch.setattr(handle, "_do_once_health_check", check)
     ray_helper.lengthen_pauses("dashboard.py")
     monkeypatch.setattr(asyncio, "sleep", sleep)
-    await handle._do_once_health_check(None)
-    assert events == ["check", f"{ray_helper.HEALTH_PAUSE_S:g} s"]
+    module = SimpleNamespace(process=SimpleNamespace(exitcode=1 if ends else None))
+    await handle._do_once_health_check(module)
+    assert (checks, sum(pauses_s)) == ([module], pause_s)

@@ -13,10 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.overload.virtual_time import VirtualLoop
-from cluster.admission import Identity, PoolCapacity, QueueLimits, Tenant, WaitCorrection
+from cluster.admission import (
+    RECENT_S,
+    Identity,
+    PoolCapacity,
+    QueueLimits,
+    Tenant,
+    WaitCorrection,
+)
 from cluster.errors import OverloadedError
 from cluster.gateway.pools.queue import AdmissionQueue
-from cluster.gateway.pools.slots import Claim, Slot
+from cluster.gateway.pools.slots import Claim, EngineSlots, Slot
 from cluster.gateway.recording.observer import PoolMeter, RequestSinks
 from cluster.gateway.recording.request_log import RequestLog
 from cluster.load import Load
@@ -46,7 +53,9 @@ class Engine:
     in_flight: int = 0
     max_in_flight: int = MAX_IN_FLIGHT
     slots: int = 0
-    """Slots that it reports."""
+    """Slots that it reports; 0 if none."""
+    num_elsewhere: int = 0
+    """Requests of other routers."""
     waits_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Times from the arrival of each tenant's requests until the engine ran them."""
     _waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
@@ -59,6 +68,10 @@ class Engine:
     @property
     def has_room(self) -> bool:
         return self.in_flight < self.max_in_flight
+
+    def engine_slots(self) -> EngineSlots | None:
+        free = self.slots - self.in_flight - self.num_elsewhere
+        return EngineSlots(self.slots, free) if self.slots else None
 
     def take_slot(self, claim: Claim) -> Slot | None:
         if not self.has_room:
@@ -95,7 +108,7 @@ class Engine:
     async def report(self) -> None:
         while True:
             await asyncio.sleep(0.05)
-            self.queue.observe_loads([Load(self.running, len(self._waiting), slots=self.slots)])
+            self.queue.observe_loads([Load(self.running, len(self._waiting))])
 
 
 @dataclass
@@ -197,6 +210,50 @@ def test_a_flood_leaves_free_slots_to_a_small_tenant() -> None:
         assert p98_s[1] < 0.02 < 0.2 < p98_s[0]
         assert goodput(result) >= 0.9 * 2 * CAPACITY
         assert result.num_late <= 0.02 * result.in_time["flood"]
+
+    run(scenario)
+
+
+async def flood_beside(engine: Engine, num_queued: int) -> list[asyncio.Task[Slot]]:
+    """Let another tenant have sent a request, and queue a flood's requests in a full pool."""
+    await engine.queue.take_slot(claim_of("small", REQUEST_TOKENS))
+    engine.max_in_flight = engine.in_flight
+    take = engine.queue.take_slot
+    flood = [
+        asyncio.create_task(take(claim_of("flood", REQUEST_TOKENS))) for _ in range(num_queued)
+    ]
+    await asyncio.sleep(0)
+    engine.max_in_flight = MAX_IN_FLIGHT
+    return flood
+
+
+def test_a_flood_uses_all_slots_soon_after_the_last_request_of_others() -> None:
+    async def scenario() -> None:
+        engine = Engine(slots=20)
+        flood = await flood_beside(engine, 30)
+        engine.queue.dispatch()
+        await asyncio.sleep(0)
+        assert sum(task.done() for task in flood) == 20 - 1 - 2  # two remain free
+        await asyncio.sleep(RECENT_S + 0.1)  # without any event
+        assert all(task.done() for task in flood)
+
+    run(scenario)
+
+
+def test_a_router_without_requests_may_always_send_one() -> None:
+    async def scenario() -> None:
+        engine = Engine(slots=20, num_elsewhere=25)
+        slot = await engine.queue.take_slot(claim_of("small", REQUEST_TOKENS))
+        engine.max_in_flight = 1
+        take = engine.queue.take_slot
+        flood = [asyncio.create_task(take(claim_of("flood", REQUEST_TOKENS))) for _ in range(10)]
+        await asyncio.sleep(0)
+        engine.max_in_flight = MAX_IN_FLIGHT
+        engine.queue.release_slot(slot, REQUEST_TOKENS)
+        await asyncio.sleep(0)
+        assert sum(task.done() for task in flood) == 1
+        for task in flood:
+            task.cancel()
 
     run(scenario)
 

@@ -2,141 +2,130 @@
 
 import multiprocessing
 import queue
-import threading
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from cluster.asgi import Receive, Scope, Send
 from cluster.engines.vllm import bursts
-from cluster.engines.vllm.bursts import Arrival, gather_bursts, num_arriving
+from cluster.engines.vllm.bursts import (
+    MAX_WAIT_S,
+    QUIET_S,
+    TRANSIT_S,
+    Arrival,
+    Arrivals,
+    gathering,
+)
 from cluster.engines.vllm.requests import TrackRequest, note_arrivals
 
 
 class Core:
-    """Stands for ``EngineCoreProc``: waits for the first request and takes what is there."""
+    """Stands for ``EngineCoreProc``, whose replica sends a request every ``gap_s``."""
 
-    def __init__(self) -> None:
-        self.input_queue: queue.Queue[tuple[str, Arrival]] = queue.Queue()
+    def __init__(self, arrivals: Arrivals, num_requests: int, gap_s: float) -> None:
+        self.input_queue = self
+        self.now_s = 0.0
         self.taken: list[str] = []
+        self._gap_s = gap_s
+        self._coming = [(f"r{number}", arrivals.begin()) for number in range(num_requests)]
 
     def has_work(self) -> bool:
         return bool(self.taken)
 
     def _process_input_queue(self) -> None:
         if not self.taken:
-            self._handle_client_request(*self.input_queue.get())
-        while not self.input_queue.empty():
-            self._handle_client_request(*self.input_queue.get_nowait())
+            self._handle_client_request(*self.get(timeout=self._gap_s))
+
+    def get(self, timeout: float) -> tuple[str, Arrival]:
+        self.now_s += min(timeout, self._gap_s)
+        if not self._coming or timeout < self._gap_s:
+            raise queue.Empty
+        name, arrival = self._coming.pop(0)
+        arrival.end()
+        return name, arrival
 
     def _handle_client_request(self, name: str, arrival: Arrival) -> None:
-        arrival.end()
         self.taken.append(name)
 
 
-class GatheringCore(Core):
-    pass
+def make_core(
+    monkeypatch: pytest.MonkeyPatch, arrivals: Arrivals, num_requests: int, gap_s: float
+) -> Core:
+    class GatheringCore(Core):
+        _process_input_queue = gathering(Core._process_input_queue, arrivals)
+
+    core = GatheringCore(arrivals, num_requests, gap_s)
+    monkeypatch.setattr(bursts.time, "monotonic", lambda: core.now_s)
+    return core
 
 
-gather_bursts(GatheringCore)
-
-
-@pytest.fixture(autouse=True)
-def ends_at_zero() -> Iterator[None]:
-    assert num_arriving() == 0
-    yield
-    assert num_arriving() == 0
-
-
-def start_burst(core: Core, num_requests: int, gap_s: float) -> threading.Thread:
-    arrivals = [Arrival() for _ in range(num_requests)]
-
-    def send() -> None:
-        for number, arrival in enumerate(arrivals):
-            core.input_queue.put((f"r{number}", arrival))
-            time.sleep(gap_s)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    return thread
-
-
-@pytest.mark.parametrize(("core", "gathers"), [(Core(), False), (GatheringCore(), True)])
-def test_an_idle_engine_starts_with_the_whole_burst(
-    monkeypatch: pytest.MonkeyPatch, core: Core, gathers: bool
-) -> None:
-    monkeypatch.setattr(bursts, "QUIET_S", 5.0)
-    monkeypatch.setattr(bursts, "MAX_WAIT_S", 0.5)
-    sending = start_burst(core, 5, 0.02)
+def test_an_idle_engine_starts_with_the_whole_burst(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_core(monkeypatch, Arrivals(), 9, 0.002)
     core._process_input_queue()
-    assert (len(core.taken) == 5) == gathers
-    sending.join()
+    assert len(core.taken) == 9
+    assert core.now_s == pytest.approx(9 * 0.002 + TRANSIT_S)
+
+
+def test_the_wait_for_a_burst_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_core(monkeypatch, Arrivals(), 1000, 0.002)
     core._process_input_queue()
-    assert len(core.taken) == 5
+    assert core.now_s == pytest.approx(MAX_WAIT_S, abs=0.005)
 
 
-def test_a_request_that_is_not_finished_soon_holds_up_others_only_briefly() -> None:
-    core, slow = GatheringCore(), Arrival()  # such as one whose image is fetched
-    core.input_queue.put(("r0", Arrival()))
-    began = time.monotonic()
-    core._process_input_queue()
-    assert time.monotonic() - began >= bursts.QUIET_S
-    assert core.taken == ["r0"]
-    slow.end()
-
-
-def test_a_busy_engine_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bursts, "QUIET_S", 600.0)
-    monkeypatch.setattr(bursts, "MAX_WAIT_S", 600.0)
-    core, slow = GatheringCore(), Arrival()
-    core.taken.append("running")
-    core._process_input_queue()
-    slow.end()
-
-
-def test_a_lone_request_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bursts, "QUIET_S", 600.0)
-    monkeypatch.setattr(bursts, "MAX_WAIT_S", 600.0)
-    core = GatheringCore()
-    core.input_queue.put(("r0", Arrival()))
+def test_a_slow_request_holds_up_others_only_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrivals = Arrivals()
+    arrivals.begin()  # such as one whose image is fetched
+    core = make_core(monkeypatch, arrivals, 1, 0.001)
     core._process_input_queue()
     assert core.taken == ["r0"]
+    assert core.now_s <= 0.001 + QUIET_S
+
+
+def test_a_busy_engine_and_a_lone_request_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrivals = Arrivals()
+    core = make_core(monkeypatch, arrivals, 1, 0.001)
+    core._process_input_queue()
+    assert core.now_s == 0.001
+    arrivals.begin()
+    core._process_input_queue()
+    assert core.now_s == 0.001
 
 
 def test_a_fork_sees_requests_that_arrive_later() -> None:
-    context = multiprocessing.get_context("fork")
+    context, arrivals = multiprocessing.get_context("fork"), Arrivals()
     receiver, sender = context.Pipe(duplex=False)
     go = context.Event()
 
     def report() -> None:
         go.wait()
-        sender.send(num_arriving())
+        sender.send(arrivals.num)
 
     process = context.Process(target=report)
     process.start()
-    arrivals = [Arrival(), Arrival()]
+    arrivals.begin()
+    arrivals.begin()
     go.set()
     assert receiver.recv() == 2
     process.join()
-    for arrival in arrivals:
-        arrival.end()
 
 
 @pytest.mark.parametrize("reaches_engine", [True, False])
-async def test_a_request_arrives_until_the_engine_has_it_or_it_ends(reaches_engine: bool) -> None:
-    seen = []
+@pytest.mark.parametrize(("path", "counts"), [("/v1/completions", 1), ("/v1/models", 0)])
+async def test_a_request_arrives_until_the_engine_gets_it_or_it_ends(
+    reaches_engine: bool, path: str, counts: int
+) -> None:
+    arrivals, seen = Arrivals(), []
 
     async def add_request(request: Any) -> None:
-        seen.append(num_arriving())
+        seen.append(arrivals.num)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(arrivals.num)
         if reaches_engine:
             await note_arrivals(add_request)(None)
-        seen.append(num_arriving())
 
-    scope = {"type": "http", "path": "/v1/completions", "extensions": {}}
-    await TrackRequest(app)(scope, None, None)  # type: ignore[arg-type]
-    assert seen == ([1, 0] if reaches_engine else [1])
+    scope = {"type": "http", "path": path, "extensions": {}}
+    await TrackRequest(app, arrivals)(scope, None, None)  # type: ignore[arg-type]
+    assert seen == ([counts, 0] if reaches_engine else [counts])
+    assert arrivals.num == 0
     await note_arrivals(add_request)(None)  # without an HTTP request

@@ -11,6 +11,7 @@ import pytest
 
 from cluster.asgi import USAGE, Message, Receive, Scope, Send
 from cluster.engines.prefix_cache import PrefixTracker
+from cluster.engines.vllm.bursts import Arrivals
 from cluster.engines.vllm.requests import (
     TrackRequest,
     count_aborted,
@@ -55,7 +56,7 @@ async def count_tokens(
 
     usage = UsageCounter()
     scope = {"type": "http", "path": "/v1/completions", "extensions": {USAGE: usage}}
-    await TrackRequest(app)(scope, None, None)  # type: ignore[arg-type]
+    await TrackRequest(app, Arrivals())(scope, None, None)  # type: ignore[arg-type]
     return usage
 
 
@@ -81,7 +82,7 @@ async def test_prompts_of_pooling_requests_are_counted() -> None:
 
     usage = UsageCounter()
     scope = {"type": "http", "path": "/pooling", "extensions": {USAGE: usage}}
-    await TrackRequest(app)(scope, None, None)  # type: ignore[arg-type]
+    await TrackRequest(app, Arrivals())(scope, None, None)  # type: ignore[arg-type]
     assert usage == UsageCounter(prompt_tokens=3, cached_tokens=2)
 
 
@@ -121,7 +122,7 @@ async def test_tokens_of_an_aborted_request_are_counted(
 
     usage = UsageCounter()
     scope = {"type": "http", "path": "/v1/completions", "extensions": {USAGE: usage}}
-    await TrackRequest(app)(scope, None, None)  # type: ignore[arg-type]
+    await TrackRequest(app, Arrivals())(scope, None, None)  # type: ignore[arg-type]
     assert usage == expected
     assert calls == [(aborted, True)]
 
@@ -146,7 +147,7 @@ async def test_token_times_are_the_engines() -> None:
 
     counter = UsageCounter()
     scope = {"type": "http", "path": "/v1/completions", "extensions": {USAGE: counter}}
-    await TrackRequest(app)(scope, None, None)  # type: ignore[arg-type]
+    await TrackRequest(app, Arrivals())(scope, None, None)  # type: ignore[arg-type]
     usage = counter.report()
     assert usage is not None
     assert (usage.completion_tokens, usage.ttft_s, usage.itl_s) == (10, 2.0, 0.5)
@@ -206,7 +207,7 @@ async def test_the_first_prompt_of_each_request_is_recorded_with_its_fingerprint
             return messages.pop(0)
 
         scope: Scope = {"type": "http", "path": "/v1/completions"}
-        await TrackRequest(app)(scope, receive, None)  # type: ignore[arg-type]
+        await TrackRequest(app, Arrivals())(scope, receive, None)  # type: ignore[arg-type]
 
     await asyncio.gather(*(asyncio.create_task(ask(p)) for p in (["ab", "cd"], ["x" * 200])))
     assert sorted(ids for _, ids, _ in tracker.prompts) == [[97, 98], [120] * 200]
@@ -225,7 +226,7 @@ async def test_prompts_with_a_cache_salt_are_not_recorded() -> None:
         prompt = {"prompt_token_ids": [1], "cache_salt": "s"}
         assert [token async for token in observed(prompt)] == [0, 1, 2]
 
-    await TrackRequest(app)({"type": "http", "path": "/v1/completions"}, None, None)  # type: ignore[arg-type]
+    await TrackRequest(app, Arrivals())({"type": "http", "path": "/v1/completions"}, None, None)  # type: ignore[arg-type]
     assert tracker.prompts == []
 
 

@@ -2,64 +2,78 @@
 
 vLLM's engine process starts a step with the first requests of a burst, and the others wait for it.
 On CPUs, where a prompt of 128 tokens takes 0.1 s, the burst's prompts so take one step more than
-they fill. Here, an idle engine waits while requests that the replica has received are being
-prepared (templates, tokens), for some milliseconds at most. A lone request does not wait.
-
-The engine's process is a fork of the replica, so both see the number of these requests in shared
-memory. In a process that was spawned it stays zero.
+they fill. Here, an idle engine waits while its replica prepares other requests (templates, tokens),
+for some milliseconds at most. A lone request does not wait.
 """
 
 import mmap
 import queue
 import time
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 QUIET_S = 0.01
 """Time without another request after which the step starts."""
+TRANSIT_S = 0.002
+"""The same once the replica has sent all requests to the engine's process."""
 MAX_WAIT_S = 0.05
 
-_memory = mmap.mmap(-1, mmap.PAGESIZE)  # shared with forks
-_counts = memoryview(_memory).cast("q")
+
+class Arrivals:
+    """Number of the requests that a replica prepares, in memory that it shares with its forks."""
+
+    def __init__(self) -> None:
+        self._count = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("q")
+
+    @property
+    def num(self) -> int:
+        return self._count[0]
+
+    def begin(self) -> "Arrival":
+        self._count[0] += 1
+        return Arrival(self)
+
+    def end(self) -> None:
+        self._count[0] -= 1
 
 
 class Arrival:
     """A request that is prepared for the engine."""
 
-    __slots__ = ("_is_open",)
+    __slots__ = ("_arrivals",)
 
-    def __init__(self) -> None:
-        self._is_open = True
-        _counts[0] += 1
+    def __init__(self, arrivals: Arrivals) -> None:
+        self._arrivals: Arrivals | None = arrivals
 
     def end(self) -> None:
-        """Note that the engine has the request, or that it failed; further calls have no effect."""
-        if self._is_open:
-            self._is_open = False
-            _counts[0] -= 1
+        """Note that the engine gets the request, or that it failed; may be called repeatedly."""
+        if self._arrivals is not None:
+            self._arrivals.end()
+            self._arrivals = None
 
 
-def num_arriving() -> int:
-    return _counts[0]
+def gathering(
+    process_input_queue: Callable[[Any], None], arrivals: Arrivals
+) -> Callable[[Any], None]:
+    """Wrap this method of ``EngineCoreProc`` to wait for requests that are being prepared."""
+
+    @wraps(process_input_queue)
+    def wrapper(core: Any) -> None:
+        was_idle = not core.has_work()
+        process_input_queue(core)
+        if was_idle and arrivals.num:
+            _gather(core, arrivals)
+
+    return wrapper
 
 
-def gather_bursts(core: Any) -> None:
-    """Let vLLM's ``EngineCoreProc`` wait for requests that are being prepared."""
-    process_input_queue = core._process_input_queue
-
-    def gathering(self: Any) -> None:
-        was_idle = not self.has_work()
-        process_input_queue(self)
-        if was_idle and num_arriving():
-            _gather(self)
-
-    core._process_input_queue = gathering
-
-
-def _gather(core: Any) -> None:
+def _gather(core: Any, arrivals: Arrivals) -> None:
     ends_s = time.monotonic() + MAX_WAIT_S
     while (left_s := ends_s - time.monotonic()) > 0:
+        quiet_s = QUIET_S if arrivals.num else TRANSIT_S
         try:
-            request = core.input_queue.get(timeout=min(left_s, QUIET_S))
+            request = core.input_queue.get(timeout=min(left_s, quiet_s))
         except queue.Empty:
             return
         core._handle_client_request(*request)

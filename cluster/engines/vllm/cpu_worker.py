@@ -21,7 +21,7 @@ that has a separate output layer, even with the same weights, only looks up its 
 
 import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -59,13 +59,15 @@ class EagerCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not typed
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         dispatch = layer_utils.dispatch_cpu_unquantized_gemm
-        layer_utils.dispatch_cpu_unquantized_gemm = _pack_when_multiplied(dispatch)
+        layer_utils.dispatch_cpu_unquantized_gemm = pack = _PackWhenMultiplied(dispatch)
         try:
             super().load_model(*args, **kwargs)
         finally:
             layer_utils.dispatch_cpu_unquantized_gemm = dispatch
+        model = self.model_runner.get_model()
+        pack.finish(model.modules())
         if self.vllm_config.kv_transfer_config is None:  # a connector acts in vLLM's layers
-            call_kernels_directly(self.model_runner.get_model())
+            call_kernels_directly(model)
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
@@ -93,21 +95,30 @@ def _zeros_on_touch(size: int, dtype: torch.dtype, device: torch.device) -> torc
     return torch.frombuffer(memory, dtype=dtype)
 
 
-def _pack_when_multiplied(dispatch: Callable[..., None]) -> Callable[..., None]:
-    """Return vLLM's ``dispatch_cpu_unquantized_gemm``, which packs input embeddings when used."""
+class _PackWhenMultiplied:
+    """vLLM's ``dispatch_cpu_unquantized_gemm``, which packs input embeddings when they are used."""
 
-    def dispatch_when_multiplied(layer: Any, remove_weight: bool) -> None:
+    def __init__(self, dispatch: Callable[..., None]) -> None:
+        self._dispatch = dispatch
+        self._waiting: list[Any] = []
+
+    def __call__(self, layer: Any, remove_weight: bool) -> None:
         if remove_weight or isinstance(layer, ParallelLMHead):
-            dispatch(layer, remove_weight)
+            self._dispatch(layer, remove_weight)
             return
 
         def pack_and_multiply(*args: Any) -> Any:
-            dispatch(layer, remove_weight)  # replaces this function
+            self._dispatch(layer, remove_weight)  # replaces this function
             return layer.cpu_linear(*args)
 
         layer.cpu_linear = pack_and_multiply
+        self._waiting.append(layer)
 
-    return dispatch_when_multiplied
+    def finish(self, modules: Iterable[Any]) -> None:
+        """Pack the embeddings now if the model has no output layer besides them."""
+        if not any(isinstance(module, ParallelLMHead) for module in modules):
+            for layer in self._waiting:
+                self._dispatch(layer, remove_weight=False)
 
 
 def _share_process_group() -> None:

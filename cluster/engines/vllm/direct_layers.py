@@ -150,7 +150,7 @@ class _Norm:
 
 class _Linear:
     def __init__(self, linear: Any) -> None:
-        packed = _packed_weights(linear)
+        self._packed = packed = _packed_weights(linear)  # it frees the weights when it is deleted
         self._weights, self.size, self._bias = packed.handler_tensor, packed.n, linear.bias
         self._kernel = torch.ops._C.onednn_mm.default
 

@@ -119,7 +119,9 @@ class VllmEngine:
                 self._find_adapter,
             )
             pin_times_and_ids()
-            self.app = TrackRequest(ReadJson(CancelAsDisconnect(self._vllm_app)))
+            self.app = TrackRequest(
+                ReadJson(CancelAsDisconnect(self._vllm_app)), self._launcher.arrivals
+            )
             self._launcher.timer.mark("application")
         except BaseException:
             await self.stop()

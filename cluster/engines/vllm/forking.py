@@ -21,7 +21,7 @@ from typing import Any
 from cluster.config import GeneratorConfig
 from cluster.engines.lifeline import bind_to_parent
 from cluster.engines.vllm import internals
-from cluster.engines.vllm.bursts import gather_bursts
+from cluster.engines.vllm.bursts import Arrivals, gathering
 from cluster.engines.vllm.environment import INTEL_OPENMP, preloaded_openmp
 
 logger = logging.getLogger(__name__)
@@ -74,20 +74,21 @@ def load_intel_openmp(environment: Mapping[str, str], library: Path = INTEL_OPEN
 
 
 @contextlib.contextmanager
-def forked_engine() -> Iterator[None]:
+def forked_engine(arrivals: Arrivals) -> Iterator[None]:
     """Import the engine's modules, and let vLLM fork its process meanwhile.
 
     No other thread should import modules: a fork cannot import one that is half imported.
     """
     for module in internals.ENGINE_MODULES:
         importlib.import_module(module)
-    utils = internals.engine_utils
-    original = utils.get_mp_context
+    utils, core = internals.engine_utils, internals.EngineCoreProc
+    get_mp_context, process_input_queue = utils.get_mp_context, core._process_input_queue
     utils.get_mp_context = ForkContext
+    core._process_input_queue = gathering(process_input_queue, arrivals)
     try:
         yield
     finally:
-        utils.get_mp_context = original
+        utils.get_mp_context, core._process_input_queue = get_mp_context, process_input_queue
 
 
 class ForkContext:
@@ -158,7 +159,6 @@ def _run(target: Callable[..., None], parent: Connection, /, **kwargs: Any) -> N
         if _others_import():
             return
         parent.send_bytes(b"started")
-    gather_bursts(internals.EngineCoreProc)
     target(**kwargs)
 
 

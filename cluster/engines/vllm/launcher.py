@@ -17,6 +17,7 @@ import psutil
 from cluster.config import GeneratorConfig
 from cluster.engines.startup import StartupTimer, gc_disabled
 from cluster.engines.vllm import arguments, environment, forking, internals
+from cluster.engines.vllm.bursts import Arrivals
 from cluster.engines.vllm.journal import resume_key
 from cluster.engines.vllm.parser_choice import set_parsers
 from cluster.engines.vllm.worker_watch import watch_workers
@@ -61,6 +62,8 @@ class LlmLauncher:
         self._environment = environment.Environment()
         self._sockets: Any = None
         self.timer = StartupTimer()
+        self.arrivals = Arrivals()
+        """Requests that are prepared for the engine."""
         self.resume_key = ""
         """See ``Engine.resume_key``."""
 
@@ -142,7 +145,7 @@ class LlmLauncher:
             raise EngineDeadError("the engine was stopped while it started")
         forks = may_fork and bool(internals.current_platform.is_cpu())
         try:
-            with forking.forked_engine() if forks else _app_imports():
+            with forking.forked_engine(self.arrivals) if forks else _app_imports():
                 llm = async_llm.from_vllm_config(vllm_config, stat_loggers=make_stat_loggers())
         except Exception as error:
             raise EngineDeadError(f"vLLM's engine did not start: {error}") from error

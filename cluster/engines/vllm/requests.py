@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.asgi import ASGIApp, Message, Receive, Scope, Send, journal_of, usage_of
 from cluster.engines.prefix_cache import PrefixTracker
-from cluster.engines.vllm.bursts import Arrival
+from cluster.engines.vllm.bursts import Arrivals
 from cluster.engines.vllm.progress import Progress
 from cluster.routing.fingerprint import PROMPT_PATHS, Fingerprint, fingerprint
 from cluster.usage import UsageCounter
@@ -27,10 +27,10 @@ AddRequest = Callable[[Any], Awaitable[None]]
 class HttpRequest:
     """One HTTP request: its usage, and the part of its body received so far."""
 
-    def __init__(self, scope: Scope, receive: Receive) -> None:
+    def __init__(self, scope: Scope, receive: Receive, arrivals: Arrivals) -> None:
         self.usage = usage_of(scope)
-        self.arrival = Arrival()
         self._path = scope["path"]
+        self.arrival = arrivals.begin() if self._path in PROMPT_PATHS else None
         self._receive = receive
         self._pieces: list[bytes] | None = [] if self._path in PROMPT_PATHS else None
         self._journal = journal_of(scope)
@@ -42,6 +42,11 @@ class HttpRequest:
         if self._progress is None and self._journal is not None:
             self._progress = Progress(self._journal)
         return self._progress
+
+    def end_arrival(self) -> None:
+        """Note that the engine gets the request, or that it ended before; see ``Arrivals``."""
+        if self.arrival is not None:
+            self.arrival.end()
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -76,16 +81,17 @@ def add_prompt_tokens(num_tokens: int) -> None:
 class TrackRequest:
     """Middleware that makes the request known to ``count_usage`` and ``observe_prompts``."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, arrivals: Arrivals) -> None:
         self._app = app
+        self._arrivals = arrivals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = HttpRequest(scope, receive)
+        request = HttpRequest(scope, receive, self._arrivals)
         _request.set(request)
         try:
             await self._app(scope, request.receive, send)
         finally:
-            request.arrival.end()
+            request.end_arrival()
 
 
 def note_arrivals(add_request: AddRequest) -> AddRequest:
@@ -93,10 +99,10 @@ def note_arrivals(add_request: AddRequest) -> AddRequest:
 
     @wraps(add_request)
     async def wrapper(engine_request: Any) -> None:
-        await add_request(engine_request)
         request = _request.get()
         if request is not None:
-            request.arrival.end()
+            request.end_arrival()  # before the engine could see its own request as arriving
+        await add_request(engine_request)
 
     return wrapper
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from cluster.admission import (
     MAX_BACKLOG,
     MAX_PRIORITY,
+    MAX_SHARE,
+    RECENT_S,
     FairQueue,
     Headroom,
     PoolCapacity,
@@ -79,7 +81,8 @@ class AdmissionQueue:
         self._correction = WaitCorrection()
         self._num_finished = 0  # requests that finished since the queue was last empty
         self._slots_are_full = False  # the last attempt failed although the capacity had room
-        self._leaves_slots = False  # the first request must leave the free slots to other tenants
+        self._leaves_slots = False  # the first request left the free slots to other tenants
+        self._leaves_until: asyncio.TimerHandle | None = None  # set while it may have to
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -173,7 +176,7 @@ class AdmissionQueue:
 
     def dispatch(self) -> None:
         """Assign free slots to the requests in the queue."""
-        while (entry := self._next_entry()) is not None:
+        while (entry := self._choose_entry()) is not None:
             waiter = entry.item
             if waiter.slot.done():  # cancelled, but its task has not run since
                 self._queue.remove(entry)
@@ -188,6 +191,8 @@ class AdmissionQueue:
     def close(self) -> None:
         """Reject the requests in the queue and all later ones: the router is stopping."""
         self._closed = True
+        if self._leaves_until is not None:
+            self._leaves_until.cancel()
         for entry in self._queue.drain():
             if not entry.item.slot.done():
                 entry.item.slot.set_exception(_stopping())
@@ -218,20 +223,31 @@ class AdmissionQueue:
         self.capacity.add_request(claim.work_tokens)
         self._headroom.add_request(claim.identity.tenant.name)
 
-    def _next_entry(self) -> QueueEntry[Waiter] | None:
+    def _choose_entry(self) -> QueueEntry[Waiter] | None:
         """Return the entry to serve next, of a tenant that may use the slots that are free."""
         entry = self._queue.peek()
         self._leaves_slots = entry is not None and self._must_leave_slots(entry)
-        return self._queue.peek_without_backlog(MAX_BACKLOG) if self._leaves_slots else entry
+        if not self._leaves_slots:
+            return entry
+        if self._leaves_until is None:
+            self._leaves_until = asyncio.get_running_loop().call_later(RECENT_S, self._look_again)
+        return self._queue.peek_without_backlog(MAX_BACKLOG)
+
+    def _look_again(self) -> None:
+        """Dispatch once others may no longer need the free slots, which no other event tells."""
+        self._leaves_until = None
+        self.dispatch()
 
     def _must_leave_slots(self, entry: QueueEntry[Waiter]) -> bool:
-        if entry.item.claim.is_retry:
+        if entry.item.claim.is_retry or not self.capacity.in_flight:
             return False
-        capacity, now_s = self.capacity, asyncio.get_running_loop().time()
-        num_reserved = self._headroom.num_reserved(
-            entry.tenant, entry.rank, capacity.num_slots, now_s
-        )
-        return bool(num_reserved) and capacity.free_slots <= num_reserved
+        now_s = asyncio.get_running_loop().time()
+        num_wanted = self._headroom.num_wanted(entry.tenant, entry.rank, now_s)
+        slots = self._slots.engine_slots() if num_wanted else None
+        if slots is None:
+            return False
+        num_reserved = min(num_wanted, int(MAX_SHARE * slots.total))
+        return bool(num_reserved) and slots.free <= num_reserved
 
     async def _retake_slot(self, claim: Claim) -> Slot:
         """Return a slot for a request that had one, before all others."""
@@ -260,7 +276,7 @@ class AdmissionQueue:
         # Retries were in flight, which bounds them; the queue's limits are for new requests.
         if not self._queue.push(entry, is_limited=not claim.is_retry):
             self._displace_for(entry, wait_s)
-        if len(self._queue) > 1 and self._next_entry() is entry:
+        if len(self._queue) > 1 and self._choose_entry() is entry:
             self.dispatch()  # the free slots may be for tenants like this one
         timer = loop.call_at(claim.expires_s, self._expire, entry)
         try:
@@ -346,8 +362,8 @@ class AdmissionQueue:
         return now_s + request_s(claim.work_tokens) > claim.deadline_s
 
     def _expire(self, entry: QueueEntry[Waiter]) -> None:
-        if entry is self._queue.peek():  # all others waited for it, so its tenant pays for its turn
-            self._queue.pop()
+        if entry is self._queue.peek() and not self._leaves_slots:
+            self._queue.pop()  # all others waited for it, so its tenant pays for its turn
         self._queue.remove(entry)
         if not entry.item.slot.done():
             entry.item.slot.set_exception(self._too_late())

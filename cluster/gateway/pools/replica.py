@@ -132,6 +132,8 @@ class Replica:
         self._fallback = fallback
         self.in_flight = 0
         """Requests that this router sent to it and that have not ended."""
+        self.num_elsewhere = 0
+        """Requests of other routers that it has, by its last report."""
         self.newest_request = ""
         """Id of the request that this router sent to it last."""
         self.movable: set[Movable] = set()

@@ -17,7 +17,7 @@ from cluster.config import RoutingPolicy
 from cluster.errors import UnavailableError
 from cluster.gateway.pools.handover import HandoverLimits
 from cluster.gateway.pools.replica import Replica, ReplicaInfo, Wiring
-from cluster.gateway.pools.slots import Claim, Slot
+from cluster.gateway.pools.slots import Claim, EngineSlots, Slot
 from cluster.gateway.recording.observer import PoolMeter
 from cluster.link import Adapters, AnswerEvents, LinkClient, LinkCounts, LinkState, PrefixEvents
 from cluster.load import Load
@@ -145,6 +145,21 @@ class ReplicaSet:
     def has_room(self) -> bool:
         """True if a replica can take a request of any kind now."""
         return bool(self.fleet.open_rows().any()) or self.guard.last_resort() is not None
+
+    def engine_slots(self) -> EngineSlots | None:
+        """Return the slots of the engines; None if one does not report them.
+
+        Those of replicas that drain do not count.
+        """
+        total = free = 0
+        for replica in self._replicas.values():
+            load = replica.link.load
+            if load is None or not load.slots:
+                return None
+            if not replica.is_draining:
+                total += load.slots
+                free += load.slots - replica.in_flight - replica.num_elsewhere
+        return EngineSlots(total, free)
 
     def update(self, infos: Mapping[str, ReplicaInfo]) -> None:
         """Set the running replicas, by id: open links to new ones, retire those that are gone."""
@@ -319,6 +334,7 @@ class ReplicaSet:
 
         def on_load(load: Load) -> None:
             if not replica.is_retired:
+                replica.num_elsewhere = max(0, load.in_flight - replica.in_flight)
                 fleet.update_load(info.id, load)
                 self.on_load(self._reported_loads())
 

@@ -1,7 +1,7 @@
 """A request's claim on a pool, and the slot that it gets at one of the replicas."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from cluster.admission import OPEN, Identity
 from cluster.gateway.pools.replica import Replica
@@ -63,6 +63,14 @@ class Slot:
     """True if the tenant was charged with the estimated work, which happens while requests wait."""
 
 
+class EngineSlots(NamedTuple):
+    """Requests that the engines of a pool can run at the same time."""
+
+    total: int
+    free: int
+    """Slots that no request of any router has; below 0 if some wait in the engines."""
+
+
 class SlotSource(Protocol):
     """Source of an admission queue's slots: the replicas of a pool, or a test's engine."""
 
@@ -73,6 +81,9 @@ class SlotSource(Protocol):
     @property
     def has_room(self) -> bool:
         """True if a replica can take a request of any kind now."""
+
+    def engine_slots(self) -> EngineSlots | None:
+        """Return the slots of the engines; None if one does not report them."""
 
     def take_slot(self, claim: Claim) -> Slot | None:
         """Take a slot, or return None if no replica has room.

@@ -115,7 +115,8 @@ class QuantizedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         # PyTorch multiplies tensors of different types several times slower.
-        bits = quantize(x.float().mul_(self._smooth), self._scale, self._zero)
+        smoothed = x.to(torch.float32, copy=True).mul_(self._smooth)
+        bits = quantize(smoothed, self._scale, self._zero)
         y: Tensor = self._linear(bits, self._scale, self._zero, *self._fixed, *self._activation)
         return y
 
