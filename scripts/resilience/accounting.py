@@ -51,10 +51,12 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Bounds on the results of a fault. No request may fail and no answer may diverge."""
+    """Bounds on the results of a fault. No answer may diverge."""
 
     recovery_s: float | None = 2.0
     """Longest wait of a client for its next data; None if there is no bound."""
+    max_failed: int = 0
+    """Requests that may fail."""
     may_break_ingress: bool = False
     """True if sockets of clients may break; the repeated requests must succeed."""
 
@@ -84,9 +86,11 @@ class FaultResult:
 
     def missed(self, target: Target) -> list[str]:
         """Return a description of each missed target."""
-        missed = [
-            f"{name} {n} > 0" for name in ("failed", "diverged") if (n := getattr(self, name))
-        ]
+        missed = []
+        if self.failed > target.max_failed:
+            missed.append(f"failed {self.failed} > {target.max_failed}")
+        if self.diverged:
+            missed.append(f"diverged {self.diverged} > 0")
         if self.broken_at_ingress and not target.may_break_ingress:
             missed.append(f"broken_at_ingress {self.broken_at_ingress} > 0")
         if target.recovery_s is not None and self.recovery_s > target.recovery_s:

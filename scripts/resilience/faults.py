@@ -222,6 +222,8 @@ INGRESS = Target(may_break_ingress=True)
 HANGS = Target(recovery_s=2.0 + SILENT_S)
 """Clients wait until a link counts as silent, and then as long as after a death."""
 UNBOUNDED = Target(recovery_s=None)
+POISONED = Target(recovery_s=None, max_failed=2)
+"""A request that no replica has answered when the poison kills its second one fails, too."""
 STOPPED_INGRESS = Target(recovery_s=None, may_break_ingress=True)
 """A stopped router or HAProxy delays its clients until it goes on or is replaced."""
 SIM, VLLM = frozenset({"sim"}), frozenset({"vllm", "vllm-tiny"})
@@ -278,7 +280,7 @@ FAULTS: Mapping[str, Fault] = {
     "disk": Fault(fill_disk, needs_disk=True),
     "clock": Fault(step_clocks),
     # It may kill every replica; the others' requests wait for new ones.
-    "poison": Fault(poison, UNBOUNDED),
+    "poison": Fault(poison, POISONED),
     "update": Fault(update),
     "scale": Fault(scale),
 }

@@ -104,6 +104,13 @@ def test_broken_sockets_are_allowed_at_the_ingress_only() -> None:
     assert result.missed(Target()) == ["broken_at_ingress 2 > 0"]
 
 
+def test_a_target_may_allow_some_failed_requests() -> None:
+    failed = [Answer("job", 100.5, 101.0, (), "503") for _ in range(2)]
+    assert result_of(*failed).missed(Target(recovery_s=None, max_failed=2)) == []
+    missed = result_of(*failed).missed(Target(recovery_s=None, max_failed=1))
+    assert missed == ["failed 2 > 1"]
+
+
 def test_missed_targets_are_named() -> None:
     diverged = replace(steady("greedy-1", 95, 112, every_s=3), diverged=True)
     assert result_of(diverged).missed(Target()) == ["diverged 1 > 0", "recovery_s 3.00 > 2"]
