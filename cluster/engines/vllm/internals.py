@@ -194,9 +194,8 @@ ATTRIBUTES = {
     "CompletionOutput": ("index", "token_ids", "logprobs", "finish_reason", "stop_reason"),
     "CoreEngineProcManager": ("processes",),
     "DPLBAsyncMPClient": ("engine_inflight", "core_engines"),
-    "EngineCoreProc": (
-        *("_process_input_queue", "_handle_client_request", "has_work", "input_queue"),
-    ),
+    # And ``input_queue``, which its decorated ``__init__`` sets.
+    "EngineCoreProc": ("_process_input_queue", "_handle_client_request", "has_work"),
     "EventBatch": ("ts", "events"),
     "KVEventsConfig": ("enable_kv_cache_events", "endpoint"),
     "LoRARequest": ("lora_name",),
