@@ -11,7 +11,6 @@ from cluster.engines.vllm import bursts
 from cluster.engines.vllm.bursts import (
     MAX_WAIT_S,
     QUIET_S,
-    TRANSIT_S,
     Arrival,
     Arrivals,
     gathering,
@@ -37,9 +36,10 @@ class Core:
             self._handle_client_request(*self.get(timeout=self._gap_s))
 
     def get(self, timeout: float) -> tuple[str, Arrival]:
-        self.now_s += min(timeout, self._gap_s)
         if not self._coming or timeout < self._gap_s:
+            self.now_s += timeout
             raise queue.Empty
+        self.now_s += self._gap_s
         name, arrival = self._coming.pop(0)
         arrival.end()
         return name, arrival
@@ -63,7 +63,7 @@ def test_an_idle_engine_starts_with_the_whole_burst(monkeypatch: pytest.MonkeyPa
     core = make_core(monkeypatch, Arrivals(), 9, 0.002)
     core._process_input_queue()
     assert len(core.taken) == 9
-    assert core.now_s == pytest.approx(9 * 0.002 + TRANSIT_S)
+    assert core.now_s == pytest.approx(9 * 0.002 + QUIET_S)
 
 
 def test_the_wait_for_a_burst_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,10 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-QUIET_S = 0.01
-"""Time without another request after which the step starts."""
-TRANSIT_S = 0.002
-"""The same once the replica has sent all requests to the engine's process."""
-MAX_WAIT_S = 0.05
+QUIET_S = 0.03
+"""Time without another request after which the step of a burst starts. A replica that prepares 30
+requests at a time sends the first ones to the engine after more than 10 ms."""
+MAX_WAIT_S = 0.1
 
 
 class Arrivals:
@@ -63,17 +62,16 @@ def gathering(
         was_idle = not core.has_work()
         process_input_queue(core)
         if was_idle and arrivals.num:
-            _gather(core, arrivals)
+            _gather(core)
 
     return wrapper
 
 
-def _gather(core: Any, arrivals: Arrivals) -> None:
+def _gather(core: Any) -> None:
     ends_s = time.monotonic() + MAX_WAIT_S
     while (left_s := ends_s - time.monotonic()) > 0:
-        quiet_s = QUIET_S if arrivals.num else TRANSIT_S
         try:
-            request = core.input_queue.get(timeout=min(left_s, quiet_s))
+            request = core.input_queue.get(timeout=min(left_s, QUIET_S))
         except queue.Empty:
             return
         core._handle_client_request(*request)
