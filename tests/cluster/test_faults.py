@@ -90,9 +90,9 @@ def abandon_with_anthropic(url: str, after_s: float, *, stream: bool) -> None:
             model=MODEL,
             # A greedy answer to this takes far longer; this API has no `ignore_eos`.
             messages=[{"role": "user", "content": "Write a long story about a fox."}],
-            temperature=0,
             max_tokens=MAX_TOKENS,
             stream=stream,
+            extra_body={"temperature": 0},
         )
         assert isinstance(answer, anthropic.Stream)
         with answer:
