@@ -276,7 +276,7 @@ class AdmissionQueue:
         # Retries were in flight, which bounds them; the queue's limits are for new requests.
         if not self._queue.push(entry, is_limited=not claim.is_retry):
             self._displace_for(entry, wait_s)
-        if len(self._queue) > 1 and self._choose_entry() is entry:
+        if self._leaves_slots:
             self.dispatch()  # the free slots may be for tenants like this one
         timer = loop.call_at(claim.expires_s, self._expire, entry)
         try:
