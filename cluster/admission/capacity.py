@@ -2,7 +2,9 @@
 
 The limit is learned, not configured:
 
-- It falls if at least half of the engines have a standing queue or nearly full KV caches.
+- It falls if at least half of the engines have a standing queue or nearly full KV caches. While
+  engines with free slots begin the requests of their queue, it may be longer: they compute the
+  prompts of a burst.
 - It rises while it binds and neither is the case, unless tokens have become so slow that more
   requests would not raise the throughput.
 - Before it first falls, the number of requests is bounded instead. That bound doubles as fast as
@@ -31,6 +33,9 @@ START_REQUESTS = 32
 """Requests per replica with which a new pool is tried."""
 DOUBLE_S = 0.1
 """Minimum interval between two doublings of that number."""
+BEGIN_S = 5.0
+"""Time after an increase of the running requests for which engines count as beginning others.
+Longer than most steps: 2,048 prompt tokens of a small model took 1.2 s on two cores."""
 MIN_WAITING = 4.0
 """Requests that may always wait in the engines, so that no engine runs dry."""
 KV_HIGH = 0.95
@@ -59,6 +64,8 @@ class _Sample(NamedTuple):
     kv_cache_usage: float
     in_flight: int
     in_flight_tokens: float
+    slots: int
+    """0 if unknown."""
 
 
 class _Finished:
@@ -102,7 +109,8 @@ class PoolCapacity:
     """Work that one router may have at one pool's replicas.
 
     Args:
-        waiting_ratio: Requests that may wait in the engines, per running request.
+        waiting_ratio: Requests that may wait in the engines, per running request; per slot while
+            the engines begin them.
     """
 
     def __init__(self, waiting_ratio: float) -> None:
@@ -118,6 +126,8 @@ class PoolCapacity:
         self._doubled_s = 0.0
         self._sampled_s = float("-inf")
         self._samples: list[_Sample] = []  # since the last adjustment, whose sample is the first
+        self._most_running = 0  # since the engines had no queue
+        self._began_s = float("-inf")  # time at which that number rose
         self._running_share = 1.0  # of the requests that are in the engines
         self._saturated_s = float("-inf")
         self._slow = _Finished(_SLOW_DECAY)
@@ -219,9 +229,12 @@ class PoolCapacity:
         kv_cache_usage = median_low(load.kv_cache_usage for load in reports)
         if self.limit_tokens == float("inf"):
             self._raise_initial_bound(num, running, waiting, now_s)
+        slots = num * median_low(load.slots for load in reports)
         sample = _Sample(
-            now_s, running, waiting, kv_cache_usage, self.in_flight, self.in_flight_tokens
+            *(now_s, running, waiting, kv_cache_usage),
+            *(self.in_flight, self.in_flight_tokens, slots),
         )
+        self._note_running(sample)
         if not self._samples or now_s < self._samples[-1].at_s:  # the clock jumped back
             self._samples = [sample]
         self._samples.append(sample)
@@ -233,8 +246,15 @@ class PoolCapacity:
         standing, is_slow = self._standing_queue(), self._slowdown(now_s) > MAX_SLOWDOWN
         if standing.waiting or standing.kv_cache_usage > KV_HIGH or is_slow:
             self._saturated_s = now_s
-        self._adjust(standing, is_slow=is_slow)
+        is_beginning = 0 <= now_s - self._began_s < BEGIN_S and standing.running < standing.slots
+        self._adjust(standing, is_slow=is_slow, is_beginning=is_beginning)
         self._samples = [sample]
+
+    def _note_running(self, sample: _Sample) -> None:
+        if sample.waiting <= self._allowed_waiting(sample.running):
+            self._most_running = 0
+        elif sample.running > self._most_running or not self._most_running:
+            self._most_running, self._began_s = max(1, sample.running), sample.at_s
 
     def _forget(self, elapsed_s: float) -> None:
         """Forget finished requests with time, and the limit after a pause without reports."""
@@ -256,7 +276,7 @@ class PoolCapacity:
         self._max_in_flight = max(self._max_in_flight, START_REQUESTS * num)
 
     def _allowed_waiting(self, running: int) -> float:
-        """Return the number of requests that may wait in the engines."""
+        """Return the number of requests that may wait in engines that run so many."""
         return max(MIN_WAITING, self._waiting_ratio * running)
 
     def _standing_queue(self) -> _Sample:
@@ -270,11 +290,11 @@ class PoolCapacity:
         sums_s = list(accumulate(span_s for _, span_s in spans))
         return spans[bisect_left(sums_s, sums_s[-1] / 2 - _ROUNDING_S)][0]
 
-    def _adjust(self, standing: _Sample, *, is_slow: bool) -> None:
+    def _adjust(self, standing: _Sample, *, is_slow: bool, is_beginning: bool) -> None:
         allowed = self._allowed_waiting(standing.running)
         request_tokens = standing.in_flight_tokens / max(1, standing.in_flight)
         binds = standing.in_flight_tokens + request_tokens > self.limit_tokens
-        if standing.waiting > allowed:
+        if standing.waiting > (self._allowed_waiting(standing.slots) if is_beginning else allowed):
             share = (standing.running + allowed) / (standing.running + standing.waiting)
             self._lower_limit(max(request_tokens, share * standing.in_flight_tokens))
         elif standing.kv_cache_usage > KV_HIGH:

@@ -1,5 +1,6 @@
 """Admission as the clients of a real engine see it."""
 
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -28,6 +29,26 @@ def test_a_normal_load_is_admitted_after_abandoned_long_requests(http: httpx.Cli
         assert complete(http, 200).status_code == 200
         answers = list(threads.map(lambda _: complete(http, 8), range(96)))
     assert Counter(answer.status_code for answer in answers) == {200: 96}
+
+
+def test_the_router_does_not_hold_back_a_burst_that_the_engine_begins(http: httpx.Client) -> None:
+    """The prompts take two steps. Those of the second one wait, next to free slots."""
+
+    def capacity_tokens() -> float:
+        series = rf'^tandem_capacity_tokens{{[^}}]*"{MODEL}"[^}}]*}} (\S+)'
+        found = re.search(series, http.get("/metrics").text, re.MULTILINE)
+        assert found is not None
+        return float(found[1])
+
+    def ask(number: int) -> int:
+        prompt = f"{number} " + "time " * 127  # not in the prefix cache
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": 8, "ignore_eos": True}
+        return http.post("/v1/completions", json=body).status_code
+
+    before = capacity_tokens()
+    with ThreadPoolExecutor(32) as threads:
+        assert list(threads.map(ask, range(32))) == [200] * 32
+    assert capacity_tokens() >= before
 
 
 def test_a_request_that_never_fits_is_rejected_at_once(http: httpx.Client) -> None:

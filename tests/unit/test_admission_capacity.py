@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from cluster.admission.capacity import ADJUST_S, KV_HIGH, PoolCapacity
+from cluster.admission.capacity import ADJUST_S, BEGIN_S, KV_HIGH, PoolCapacity
 from cluster.load import Load
 
 WORK = 100.0
@@ -102,6 +102,36 @@ def test_a_burst_after_a_pause_does_not_lower_the_limit() -> None:
     for step in range(20):
         capacity.observe_loads([Load(32)], 10.05 + step * 0.05)
     assert capacity.limit_tokens == float("inf")
+
+
+def limit_after_burst(num: int, step_s: float, begun: int, slots: int, end_s: float) -> float:
+    """Return the limit after a burst; each step begins ``begun`` requests, which do not end."""
+    capacity = PoolCapacity(0.25)
+    for _ in range(num):
+        capacity.add_request(WORK)
+    for tick in range(int(end_s / 0.05)):
+        running = min(num, slots, begun * int(tick * 0.05 / step_s))
+        capacity.observe_loads([Load(running, num - running, slots=slots)], tick * 0.05)
+    return capacity.limit_tokens
+
+
+@pytest.mark.parametrize(("step_s", "begun"), [(0.1, 1), (0.35, 4), (1.25, 16)])
+def test_prompts_that_an_engine_is_computing_do_not_lower_the_limit(
+    step_s: float, begun: int
+) -> None:
+    assert limit_after_burst(32, step_s, begun, slots=128, end_s=20) == float("inf")
+
+
+def test_requests_that_an_engine_does_not_begin_lower_the_limit() -> None:
+    assert limit_after_burst(32, 100, 1, slots=128, end_s=BEGIN_S) == float("inf")
+    assert limit_after_burst(32, 100, 1, slots=128, end_s=BEGIN_S + 2 * ADJUST_S) < 32 * WORK
+
+
+@pytest.mark.parametrize(("num", "begun", "slots"), [(32, 8, 8), (256, 1, 128)])
+def test_full_slots_and_many_prompts_lower_the_limit_at_once(
+    num: int, begun: int, slots: int
+) -> None:
+    assert limit_after_burst(num, 0.1, begun, slots, end_s=3 * ADJUST_S) < num * WORK / 2
 
 
 def test_the_end_of_load_does_not_lower_the_limit() -> None:
