@@ -1,28 +1,21 @@
-"""The router without metrics that ``bench metrics`` compares with."""
+"""The router of ``bench metrics``, which counts only requests without a certain header."""
 
-from collections.abc import Iterator
-from unittest.mock import patch
-
-import pytest
-
-from benchmarks.metrics.uncounted import uncounted
+from benchmarks.metrics.uncounted import HEADER, switched
 from tests import asgi
 from tests.serve.gateway_kit import CHAT, gateway_world, metrics
 
 
-@pytest.fixture(autouse=True)
-def clocks() -> Iterator[None]:
-    """Give modules their clocks back."""
-    yield
-    patch.stopall()
-
-
-async def test_a_router_without_metrics_answers_and_counts_nothing() -> None:
-    with uncounted():
+async def test_requests_with_the_header_are_answered_and_not_counted() -> None:
+    body = {"model": "gen", "stream": True}
+    with switched():
         async with gateway_world() as world:
             await world.add("gen", "gen-1")
-            call = asgi.start(world.app, "POST", CHAT, {"model": "gen", "stream": True})
+            call = asgi.start(world.app, "POST", CHAT, body, headers=dict([HEADER]))
             assert (await call.done()).status == 200
             found = await metrics(world)
             assert not [series for series in found if series[0] == "tandem_requests_total"]
             assert not found["tandem_ttft_seconds_count", "gen"]
+            call = asgi.start(world.app, "POST", CHAT, body)
+            assert (await call.done()).status == 200
+            found = await metrics(world)
+            assert found["tandem_ttft_seconds_count", "gen"] == 1

@@ -105,7 +105,7 @@ class RelayedBody:
         self._content = zlib.crc32(memoryview(body)[:_HASHED_BYTES]) << 32 | len(body)
         try:
             answer = self._attempts.open(head, body)
-            arrivals_s: list[float] = []
+            arrivals_s = self._observer.new_write_times()
             if isinstance(answer, ClientStream):
                 answer.arrivals_s = arrivals_s
             with self._attempts.yielding(answer):

@@ -244,6 +244,10 @@ class RequestObserver:
         self.ends_later = False
         """True if the client disconnected and the replica has yet to report the usage."""
 
+    def new_write_times(self) -> list[float] | None:
+        """Return a list for the times of a replica's answer; None if they are not wanted."""
+        return []
+
     def slot_taken(self, replica_id: str) -> None:
         """Note that the request got a slot; after a failover, again."""
         self._slot_taken = perf_counter()

@@ -1,19 +1,22 @@
 """Cost of metrics and tracing: streams with both off, with metrics, and with tracing as well.
 
-One cluster has three applications, each with a router and an instant engine: one without metrics,
-the usual one, and one that exports the spans of every request to a receiver on loopback. They take
-turns of a few seconds, so that a slow phase of the machine affects all of them.
+One cluster has an application that does not count the requests with a certain header, and one that
+exports the spans of every request to a receiver on loopback; each has a router and an instant
+engine. Turns of a few seconds alternate, so that a slow phase of the machine affects all of them.
+Requests with and without metrics run in the same processes, because two processes that run the same
+code differ by more CPU time than metrics cost.
 """
 
 import argparse
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from benchmarks import wrk
-from benchmarks.endpoint import TargetError
+from benchmarks.endpoint import Endpoint, TargetError
 from benchmarks.metrics import counting
-from benchmarks.metrics.uncounted import ARGS
+from benchmarks.metrics.uncounted import HEADER
 from benchmarks.otlp import SpanCounter, receive_traces
 from benchmarks.report import CellValue, Report, Table, print_progress
 from benchmarks.rounds import Summary, interleave
@@ -29,17 +32,20 @@ from benchmarks.targets.running import SIM_MODEL, RunningTarget, sim_generator
 from benchmarks.targets.tandem import ExtraApplication, tandem_with_pools
 
 OFF, ON, TRACED = "off", "metrics", "metrics, tracing"
-PATHS: Mapping[str, str] = {OFF: "/off", ON: "", TRACED: "/traced"}
-"""Route prefix of each application."""
+PATHS: Mapping[str, str] = {OFF: "/switched", ON: "/switched", TRACED: "/traced"}
+"""Route prefix of the application that gets the requests."""
+_NAME, _UNCOUNTED = HEADER
+AGENTS: Mapping[str, str] = {OFF: _UNCOUNTED, ON: "counted", TRACED: "counted"}
+"""Value of the header that tells requests apart."""
 CONNECTIONS = 32
 GOALS = {"ratio_metrics_on_off": ">= 0.98", "metrics_us_per_token": "<= 2"}
 
 Turns = Mapping[str, Sequence[StreamResult]]
-"""Results of one round by application, one per turn."""
+"""Results of one round by variant, one per turn."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--turns", type=int, default=5, help="turns of each application in a round")
+    parser.add_argument("--turns", type=int, default=6, help="turns of each variant in a round")
     parser.add_argument("--seconds", type=float, default=4.0, help="duration of a turn")
 
 
@@ -61,7 +67,7 @@ def run(args: argparse.Namespace) -> Report:
 @contextmanager
 def _cluster(url: str) -> Iterator[RunningTarget]:
     extra = [
-        ExtraApplication(PATHS[OFF], "benchmarks.metrics.uncounted:build", ARGS),
+        ExtraApplication(PATHS[OFF], "benchmarks.metrics.uncounted:build", {}),
         # Serve requires distinct import paths; "app.build" is the same function as "app:build".
         ExtraApplication(PATHS[TRACED], "deployments.app.build", {"tracing": {"endpoint": url}}),
     ]
@@ -72,7 +78,7 @@ def _cluster(url: str) -> Iterator[RunningTarget]:
 
 def _run_turns(running: RunningTarget, number: int, args: argparse.Namespace) -> Turns:
     results: dict[str, list[StreamResult]] = defaultdict(list)
-    requests = {name: encode_chat(running.endpoint, path + PATH) for name, path in PATHS.items()}
+    requests = {name: _encode_request(running.endpoint, name) for name in PATHS}
     sizes = {
         name: wrk.measure_response_bytes(running.endpoint, request, TOKENS)
         for name, request in requests.items()
@@ -82,6 +88,11 @@ def _run_turns(running: RunningTarget, number: int, args: argparse.Namespace) ->
         results[name].append(result)
         print_progress(number, name, f"{result.req_s:8.1f} req/s")
     return results
+
+
+def _encode_request(endpoint: Endpoint, name: str) -> bytes:
+    headers = {**endpoint.headers, _NAME: AGENTS[name]}
+    return encode_chat(replace(endpoint, headers=headers), PATHS[name] + PATH)
 
 
 def ratio_to_off(turns: Turns, name: str) -> float:
@@ -115,7 +126,7 @@ def _report(rounds: Sequence[Turns], counting_us: Sequence[float], spans: SpanCo
         tables=[
             Table(
                 f"Streams of {TOKENS} tokens per second, instant engine, {CONNECTIONS} connections",
-                ("application", "req/s"),
+                ("variant", "req/s"),
                 rows,
             ),
             cpu_cost_table("CPU time per token in µs", costs),
@@ -130,6 +141,7 @@ def _note(rounds: Sequence[Turns], spans: SpanCounter) -> str:
     return (
         f"{spans.count} spans arrived for {requests} measured requests and those of the warm-ups; "
         "a request without lost spans has four. metrics_us_per_token times the metrics code alone, "
-        "in process, with one write per token. The ratios are of CPU time per token, of a round "
-        "the median of its turns."
+        "in process, with one write per token. The ratios are of CPU time per token in all "
+        "processes, of a round the median of its turns. Requests with and without metrics share "
+        "the processes."
     )

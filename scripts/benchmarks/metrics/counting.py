@@ -15,7 +15,7 @@ from time import perf_counter, thread_time
 from benchmarks.stream.measure import PATH, TOKENS
 from benchmarks.targets.running import SIM_MODEL, sim_generator
 from cluster.accounting.usage_log import UsageLog
-from cluster.admission import OPEN
+from cluster.admission import Identity, Tenant
 from cluster.config import parse
 from cluster.gateway import UsageAccount
 from cluster.gateway.admission.quotas import TenantQuotas
@@ -28,7 +28,8 @@ from deployments.logs import close_request_log, open_request_log
 
 STREAMS = 2000
 _USAGE = Usage(prompt_tokens=16, cached_tokens=0, completion_tokens=TOKENS)
-_REQUEST = Request("id", "POST", PATH, b"", [], b"{}")
+_SENDER = Identity(Tenant("tenant"))
+_REQUEST = Request("id", "POST", PATH, b"", [], b"{}", _SENDER)
 
 
 def us_per_token(streams: int = STREAMS) -> float:
@@ -45,7 +46,7 @@ def us_per_token(streams: int = STREAMS) -> float:
 
 def _count_streams(meter: PoolMeter, quotas: TenantQuotas, streams: int) -> None:
     for _ in range(streams):
-        ticket = quotas.admit(OPEN, SIM_MODEL, (144.0, 16.0))
+        ticket = quotas.admit(_SENDER, SIM_MODEL, (144.0, 16.0))
         observer = meter.observe(_REQUEST, PATH, ticket.end)
         observer.slot_taken("replica")
         observer.status = 200

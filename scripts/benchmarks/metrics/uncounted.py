@@ -1,9 +1,10 @@
-"""Deployment without metrics, only for the benchmark.
+"""Deployments that count no request with a certain header, only for the benchmark.
 
 Metrics cannot be turned off by configuration, because SLO autoscaling, the dashboard and
-``/v1/usage`` need them. This module replaces the metrics code by code that does nothing, inside the
-processes of router and replicas. Quotas and their counters (``cluster.gateway.admission.quotas``)
-stay.
+``/v1/usage`` need them. Requests with and without metrics share every process here: two processes
+that run the same code differ by more CPU time than metrics cost. Stays for both: quotas and their
+counters (``cluster.gateway.admission.quotas``), the time of a routing decision, and one reading of
+the clock for each read from a link.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,26 +15,20 @@ from unittest.mock import patch
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from cluster.asgi import Receive, Scope, Send
 from cluster.config import TandemConfig
 from cluster.gateway.messages import Request
-from cluster.gateway.pools import factory, relayed_body
-from cluster.gateway.recording.observer import OnEnd, PoolMeter, RequestObserver, RequestSinks
-from cluster.metrics import Histogram, Registry
+from cluster.gateway.pools import factory
+from cluster.gateway.recording.observer import OnEnd, PoolMeter, RequestObserver
 from cluster.usage import Usage
-from deployments import app, replica, router
+from deployments import app, replica
 from deployments.replica import Generator
 from deployments.router import Router
+from deployments.serve_metrics import CountedApp
 
-ARGS: Mapping[str, Any] = {
-    "accounting": {"energy": False},
-    "leaks": {"sample_s": 1e6, "window_s": 1e7},
-}
-"""Configuration that turns off energy accounting and memory sampling."""
-
-
-class _DiscardingList(list[float]):
-    def append(self, value: float) -> None:
-        pass
+HEADER = ("user-agent", "uncounted")
+"""Header of requests that are not counted; routers pass it on to replicas."""
+_HEADER = HEADER[0].encode(), HEADER[1].encode()
 
 
 class UncountedRequest(RequestObserver):
@@ -41,14 +36,9 @@ class UncountedRequest(RequestObserver):
 
     __slots__ = ()
 
-    @property
-    def write_times(self) -> list[float]:
-        """List that stays empty."""
-        return _DISCARDED
-
-    @write_times.setter
-    def write_times(self, times: list[float]) -> None:
-        pass
+    def new_write_times(self) -> list[float] | None:
+        """Return None: no time is noted."""
+        return None
 
     def slot_taken(self, replica_id: str) -> None:
         self._slot_taken = 1.0  # saves reading the clock
@@ -62,57 +52,49 @@ class UncountedRequest(RequestObserver):
             self._on_end(self.status, usage, bool(self._slot_taken))
 
 
-_DISCARDED = _DiscardingList()
-
-
-class _DiscardingHistogram(Histogram):
-    def observe(self, value: float, count: int = 1) -> None:
-        pass
-
-
-class UncountingMeter(PoolMeter):
-    """Meter that counts no request."""
-
-    def __init__(self, pool_name: str, sinks: RequestSinks, model: str | None = None) -> None:
-        super().__init__(pool_name, sinks, model)
-        self.routing_s = _DiscardingHistogram(())
+class SwitchedMeter(PoolMeter):
+    """Meter of the requests without the header."""
 
     def observe(self, request: Request, route: str, on_end: OnEnd | None = None) -> RequestObserver:
-        """Return an observer without metrics."""
-        return UncountedRequest(self, request, route, on_end)
+        """Return an observer, without metrics if the request has the header."""
+        if _HEADER in request.headers:
+            return UncountedRequest(self, request, route, on_end)
+        return super().observe(request, route, on_end)
+
+
+class SwitchedApp(CountedApp):
+    """Application that counts the requests without the header."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if _HEADER in scope["headers"]:
+            await self._app(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 @contextmanager
-def uncounted() -> Iterator[None]:
-    """Let pools that are created have no meter; writes do not read the clock from then on."""
-    patch.object(relayed_body, "perf_counter", float).start()
-    with patch.object(factory, "PoolMeter", UncountingMeter):
+def switched() -> Iterator[None]:
+    """Let pools that are created count only requests without the header."""
+    with patch.object(factory, "PoolMeter", SwitchedMeter):
         yield
 
 
-class _NoExporter:
-    def __init__(self, registry: Registry) -> None:
-        pass
-
-    async def close(self) -> None:
-        pass
-
-
-class UncountingRouter(Router):
-    """Router without meters and without an exporter."""
+class SwitchedRouter(Router):
+    """Router that counts only requests without the header."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: TandemConfig, pools: Mapping[str, DeploymentHandle]
     ) -> None:
-        with uncounted(), patch.object(router, "RayExporter", _NoExporter):
+        with switched():
             await super().__init__(config, pools)
 
 
-class UncountingGenerator(Generator):
-    """Generator without an exporter."""
+class SwitchedGenerator(Generator):
+    """Generator that counts only requests without the header."""
 
     async def _start(self, *args: Any) -> None:
-        with patch.object(replica, "RayExporter", _NoExporter):
+        with patch.object(replica, "CountedApp", SwitchedApp):
             await super()._start(*args)
 
 
@@ -120,7 +102,7 @@ def build(args: dict[str, Any]) -> Application:
     """Build the usual application with these deployments."""
     # Undo the patches: Serve may build another application in this process.
     with (
-        patch.object(app, "Router", UncountingRouter),
-        patch.object(app, "Generator", UncountingGenerator),
+        patch.object(app, "Router", SwitchedRouter),
+        patch.object(app, "Generator", SwitchedGenerator),
     ):
         return app.build(args)
