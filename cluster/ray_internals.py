@@ -61,7 +61,11 @@ EXPORTED = {
     ),
     "setproctitle": PrivateName("ray._raylet:setproctitle", "titles of these forks"),
     "SubprocessModuleHandle": PrivateName(
-        "ray.dashboard.subprocesses.handle:SubprocessModuleHandle", "rarer checks of its modules"
+        "ray.dashboard.subprocesses.handle:SubprocessModuleHandle",
+        "start of a module with its first request, and rarer checks",
+    ),
+    "DashboardHead": PrivateName(
+        "ray.dashboard.head:DashboardHead", "metrics of the modules that have started"
     ),
     "cleanup_redis_storage": PrivateName(
         "ray._private.gcs_utils:cleanup_redis_storage",
@@ -80,6 +84,23 @@ MEMBERS = (
     PrivateName(
         "ray.dashboard.subprocesses.handle:SubprocessModuleHandle._do_once_health_check",
         "rarer checks of the dashboard's modules",
+    ),
+    *(
+        PrivateName(
+            f"ray.dashboard.subprocesses.handle:SubprocessModuleHandle.{name}",
+            "start of a module with its first request",
+        )
+        for name in ("start_module", "wait_for_module_ready", "proxy_request")
+    ),
+    PrivateName(
+        "ray.dashboard.head:DashboardHead._record_dashboard_metrics",
+        "metrics of the modules that have started",
+        "subprocess_module_handles",
+    ),
+    PrivateName(
+        "ray.dashboard.head:enable_monitor_loop_lag",
+        "rarer measurements of its event loop",
+        "callback interval_s",
     ),
     PrivateName(f"{_KV}_internal_kv_put", "key-value store", "key value overwrite namespace"),
     PrivateName(f"{_KV}_internal_kv_get", "key-value store", "key namespace"),
@@ -379,8 +400,10 @@ SIGNAL_REST_S = 0.2
 """Maximum sleep of a worker's main thread between two of Ray's checks for signals, in seconds."""
 
 
-def signal_rest() -> Callable[[], None]:
+def signal_rest(rest_s: float | None = None) -> Callable[[], None]:
     """Return a function that makes the main thread of this worker wake up less often.
+
+    ``rest_s`` is ``SIGNAL_REST_S`` by default.
 
     Ray checks for signals 100 times a second in the main thread of each worker, and has no setting
     for it. In an asynchronous actor, this thread only passes calls on to the event loop's thread.
@@ -389,7 +412,7 @@ def signal_rest() -> Callable[[], None]:
 
     The function can be pickled by value, for actors that may be unable to import this package.
     """
-    rest_s = SIGNAL_REST_S
+    rest_s = SIGNAL_REST_S if rest_s is None else rest_s
 
     def rest_between_checks() -> None:
         import sys

@@ -10,7 +10,8 @@ weights once, and address translation takes long in virtual machines.
 
 vLLM also makes a dozen process groups of PyTorch's Gloo, each with a thread that wakes up 100 times
 a second, in which it takes a core from the threads that compute. A lone worker's groups are all the
-same, so they share one.
+same, so they share one, and its thread is the only one left. The kernel may delay the timeouts of
+these threads, which wait for nothing else in them.
 
 vLLM fills the KV cache with zeros, so that all of it takes memory from the start. Here, a block
 takes memory from its first use on.
@@ -38,8 +39,11 @@ from cluster.engines.vllm.internals import (
 )
 from cluster.engines.vllm.top_p import apply_top_k_top_p
 from cluster.memory import release_free_memory, use_huge_pages
+from cluster.timers import late_timeouts
 
 PROVIDER = "tandem"
+GLOO_SLACK_S = 0.2
+"""Delay of the timeouts in Gloo's threads, in seconds. Messages wake them at once."""
 
 
 class EagerCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not typed
@@ -54,7 +58,8 @@ class EagerCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not typed
     def init_device(self) -> None:
         if self.parallel_config.world_size_across_dp == 1:
             _share_process_group()
-        super().init_device()
+        with late_timeouts(GLOO_SLACK_S):
+            super().init_device()
         gpu_model_runner.allocate_kv_cache = _allocate_on_touch(gpu_model_runner.allocate_kv_cache)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
