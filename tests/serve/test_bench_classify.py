@@ -44,6 +44,19 @@ def test_the_faster_dtype_of_infinity_counts() -> None:
     assert report.make_report(rounds, 27).keys["ratio_vs_infinity_single"].rounds == (1.0, 1.0)
 
 
+def test_the_fastest_variant_of_vllm_counts() -> None:
+    rounds = make_results()
+    rounds["vllm-compiled", "32x8"] = [600.0, 300.0]
+    assert report.make_report(rounds, 27).keys["ratio_vs_vllm"].rounds == (1.5, 1.5)
+
+
+def test_ratios_show_both_quantities() -> None:
+    made = report.make_report(make_results(), 27, {"vllm": "vllm serve"})
+    assert made.values["ratio_vs_kernel"]["ours"].rounds == (900.0, 450.0)
+    assert made.values["ratio_vs_kernel"]["tuned"].rounds == (1000.0, 500.0)
+    assert made.commands == {"vllm": "vllm serve"}
+
+
 def test_missing_measurements_have_no_key() -> None:
     rounds = {name: numbers for name, numbers in make_results().items() if name[0] == "tandem"}
     assert report.make_report(rounds, 27).keys.keys() == {

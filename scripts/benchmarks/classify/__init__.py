@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.classify import report, texts
 from benchmarks.classify.openvino_worker import install_openvino
-from benchmarks.classify.servers import SERVERS, SPLIT, install_infinity
+from benchmarks.classify.servers import SERVERS, SPLIT, install_infinity, install_infinity_onnx
 from benchmarks.endpoint import TargetError
 from benchmarks.processes import ProcessMemory, cpu_used, find_processes, take_cpu_snapshot
 from benchmarks.report import Report
@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> Report:
     require_wrk()
     if any(name.startswith("infinity") for name in args.servers):
         install_infinity()
+    if "infinity-onnx" in args.servers:
+        install_infinity_onnx()
     if args.quick:
         args.seconds = min(args.seconds, 3.0)
     results: report.Results = defaultdict(list)
@@ -89,7 +91,8 @@ def run(args: argparse.Namespace) -> Report:
                         results[name, measurement].append(value)
             else:
                 _measure_server(results, name, running[name], args)
-    return report.make_report(results, num_tokens)
+    commands = {name: server.command for name, server in running.items()}
+    return report.make_report(results, num_tokens, commands)
 
 
 def _measure_server(

@@ -1,6 +1,6 @@
 """Keys and tables of ``bench classify``."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from benchmarks.report import CellValue, Report, Table
 from benchmarks.rounds import Summary
@@ -30,8 +30,6 @@ RATIOS = {
     "ratio_vs_kernel": (("tandem", "32x8"), ("in process", "bf16 sorted")),
     "ratio_vs_kernel_single": (("tandem", "1x64"), ("in process", "bf16 sorted")),
     "ratio_vs_pipeline": (("tandem", "32x8"), ("in process", "pipeline")),
-    "ratio_vs_vllm": (("tandem", "32x8"), ("vllm", "32x8")),
-    "ratio_vs_vllm_single": (("tandem", "1x64"), ("vllm", "1x64")),
     "ratio_split_vs_one": (("tandem-split", "32x8"), ("tandem", "32x8")),
     "ratio_split_vs_one_single": (("tandem-split", "1x64"), ("tandem", "1x64")),
     "ratio_job_vs_http": (("ray job", "32x8"), ("tandem", "32x8")),
@@ -64,10 +62,20 @@ PLAIN_KEYS = {
     "agreement_int8": ("in process", "int8 agreement"),
     "padding_waste": ("in process", "padding waste"),
 }
-INFINITY = ("infinity-bf16", "infinity-fp32")
+INFINITY = ("infinity-bf16", "infinity-fp32", "infinity-compiled", "infinity-onnx")
+VLLM = ("vllm", "vllm-compiled")
+BEST_RATIOS = {
+    "ratio_vs_infinity": (INFINITY, "32x8"),
+    "ratio_vs_infinity_single": (INFINITY, "1x64"),
+    "ratio_vs_vllm": (VLLM, "32x8"),
+    "ratio_vs_vllm_single": (VLLM, "1x64"),
+}
+"""Peer's variants, of which the fastest counts, and load of each ratio to a peer's server."""
 
 
-def make_report(results: Results, num_tokens: float) -> Report:
+def make_report(
+    results: Results, num_tokens: float, commands: Mapping[str, str] | None = None
+) -> Report:
     """Return the report; ``num_tokens`` is the mean length of the texts."""
     summaries = {name: Summary(tuple(rounds)) for name, rounds in results.items() if rounds}
     keys = {
@@ -75,16 +83,23 @@ def make_report(results: Results, num_tokens: float) -> Report:
         for key, (ours, theirs) in RATIOS.items()
         if ours in summaries and theirs in summaries
     }
-    for key, load in (("ratio_vs_infinity", "32x8"), ("ratio_vs_infinity_single", "1x64")):
-        if (best := _best_infinity(summaries, load)) and ("tandem", load) in summaries:
+    for key, (peers, load) in BEST_RATIOS.items():
+        if (best := _best(summaries, peers, load)) and ("tandem", load) in summaries:
             keys[key] = summaries["tandem", load].over(best)
     accuracies = [summaries.get(("in process", f"{dtype} accuracy")) for dtype in ("bf16", "fp32")]
     if accuracies[0] and accuracies[1]:
         keys["accuracy_delta"] = accuracies[0].minus(accuracies[1])
     keys |= {key: summaries[name] for key, name in PLAIN_KEYS.items() if name in summaries}
+    values = {
+        key: {"ours": summaries[ours], "tuned": summaries[theirs]}
+        for key, (ours, theirs) in RATIOS.items()
+        if key in keys
+    }
     return Report(
         keys=keys,
         goals={key: goal for key, goal in GOALS.items() if key in keys},
+        values=values,
+        commands=dict(commands or {}),
         tables=[
             table for kind in ("in process", "servers") if (table := _table(summaries, kind)).rows
         ],
@@ -104,8 +119,10 @@ def make_report(results: Results, num_tokens: float) -> Report:
     )
 
 
-def _best_infinity(summaries: Mapping[tuple[str, str], Summary], load: str) -> Summary | None:
-    found = [summaries[name, load] for name in INFINITY if (name, load) in summaries]
+def _best(
+    summaries: Mapping[tuple[str, str], Summary], peers: Iterable[str], load: str
+) -> Summary | None:
+    found = [summaries[name, load] for name in peers if (name, load) in summaries]
     return max(found, key=lambda summary: summary.median) if found else None
 
 

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.targets.home import Home, new_home
-from benchmarks.targets.running import format_command
+from benchmarks.targets.home import Home, format_command, new_home
 from benchmarks.token_times import TokenTimes
 
 RESULT = "RESULT "

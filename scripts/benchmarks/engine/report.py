@@ -11,6 +11,7 @@ from benchmarks.engine.measure import EngineResult
 from benchmarks.engine.servers import (
     CLUSTER,
     IN_PROCESS,
+    LLAMA_CPP,
     SERVE_LLM,
     SERVE_LLM_TUNED,
     TUNED_VLLM,
@@ -24,6 +25,7 @@ HEADLINE = 32
 RATIOS = {
     "ratio_vs_in_process": (IN_PROCESS, ">= 0.95"),
     "ratio_vs_vllm_serve": (VLLM, ">= 1.5"),
+    "ratio_vs_llama_cpp": (LLAMA_CPP, ">= 1.0"),
     "ratio_vs_serve_llm": (SERVE_LLM, ">= 1.8"),
     "ratio_vs_tuned_serve_llm": (SERVE_LLM_TUNED, ">= 1.0"),
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.endpoint import TargetError
 from benchmarks.engine.inprocess import start_engine
 from benchmarks.engine.measure import HttpSender, PromptSender
+from benchmarks.targets.llama_cpp import llama_cpp
 from benchmarks.targets.running import ReadyTarget
 from benchmarks.targets.serve_llm import serve_llm
 from benchmarks.targets.tandem import TANDEM, tandem_default
@@ -23,6 +24,7 @@ CLUSTER = "cluster"
 IN_PROCESS = "in-process"
 VLLM = "vllm"
 VLLM_TUNED = "vllm-tuned"
+LLAMA_CPP = "llama-cpp"
 SERVE_LLM = "serve-llm"
 SERVE_LLM_TUNED = "serve-llm-tuned"
 MODEL = "smollm2-135m-instruct"
@@ -93,6 +95,8 @@ TARGETS: Mapping[str, StartServer] = {
         lambda model: vllm_serve(model, tuned_options(compiled=True, iomp=True))
     ),
     "zentorch": _http(lambda model: vllm_serve(model, zentorch_options())),
+    LLAMA_CPP: _http(partial(llama_cpp, weights="bf16")),
+    "llama-cpp-int8": _http(partial(llama_cpp, weights="q8_0")),
     SERVE_LLM: _http(serve_llm),
     SERVE_LLM_TUNED: _http(partial(serve_llm, tuned=True)),
 }

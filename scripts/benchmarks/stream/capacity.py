@@ -61,8 +61,10 @@ def run(args: argparse.Namespace) -> Report:
     raise_file_limit()
     names = [name for name in PEERS if name in args.targets]
     results: dict[str, list[CapacityResult]] = defaultdict(list)
+    commands: dict[str, str] = {}
     for number, name in interleave(names, args.rounds):
         with TARGETS[name](PACE_S) as running:
+            commands[name] = running.command
             found = find_max_streams(partial(_itl_p99_s, running, args.seconds))
         streams = None if found is None else found / (os.cpu_count() or 1)
         idle_mb = None
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> Report:
         results[name].append(CapacityResult(streams, idle_mb))
         shown = [f"{value:.0f}" if value else "not measured" for value in (streams, idle_mb)]
         print_progress(number, name, f"streams per core: {shown[0]}, MB: {shown[1]}")
-    return make_report(results)
+    return make_report(results, commands)
 
 
 def find_max_streams(itl_p99_s: Callable[[int], float]) -> int | None:
@@ -133,7 +135,7 @@ def _idle_pss_mb(running: RunningTarget) -> float:
         return sum(processes.pss_mb(running.home.path).values()) - before_mb
 
 
-def make_report(results: Results) -> Report:
+def make_report(results: Results, commands: Mapping[str, str] | None = None) -> Report:
     """Return the ratios of both servers, and the numbers of each."""
     streams = {name: [one.streams_per_core for one in found] for name, found in results.items()}
     idle = {name: [one.idle_pss_mb for one in found] for name, found in results.items()}
@@ -149,6 +151,7 @@ def make_report(results: Results) -> Report:
         goals={key: GOALS[key] for key in keys},
         tables=[Table("Capacity with 20 ms per token, and memory", columns, rows)],
         details={"capacity": results},
+        commands=dict(commands or {}),
         values={"streams_per_core": _sides(streams), "idle_pss_mb": _sides(idle)},
     )
 

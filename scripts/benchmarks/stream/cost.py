@@ -73,9 +73,11 @@ def run(args: argparse.Namespace) -> Report:
     raise_file_limit()
     names = [name for name in PEERS if name in args.targets]
     results: Results = defaultdict(list)
+    commands: dict[str, str] = {}
     for number, name in interleave(names, args.rounds):
         for pace_s in dict.fromkeys(point.pace_s for point in POINTS.values()):
             with TARGETS[name](pace_s) as running:
+                commands[name] = running.command
                 for suffix, point in POINTS.items():
                     if point.pace_s == pace_s:
                         shown = "not measured"
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace) -> Report:
                             results[name, suffix].append(result)
                             shown = f"{result.total_us:6.1f} µs per token"
                         print_progress(number, name, f"{point.name:>15} {shown}")
-    return _report(results)
+    return _report(results, commands)
 
 
 def measure(running: RunningTarget, num_streams: int, seconds: float) -> CostResult:
@@ -122,7 +124,7 @@ def count_tokens(streams: Iterable[socket.socket], seconds: float) -> int:
     return num_tokens
 
 
-def _report(results: Results) -> Report:
+def _report(results: Results, commands: dict[str, str]) -> Report:
     keys: dict[str, Summary] = {}
     values: dict[str, dict[str, Summary]] = {}
     for suffix in POINTS:
@@ -136,6 +138,7 @@ def _report(results: Results) -> Report:
             keys[f"paced_cpu_ratio_vs_vllm_router{suffix}"] = ours.over(theirs)
             values[f"paced_cpu_us{suffix}"] = {"ours": ours, "tuned": theirs}
     return Report(
+        commands=commands,
         keys=keys,
         goals={key: goal for key, goal in GOALS.items() if key in keys},
         tables=[_table(results)],

@@ -36,8 +36,10 @@ Results = dict[tuple[str, int], list[StreamResult]]
 
 def run(args: argparse.Namespace) -> Report:
     results: Results = defaultdict(list)
+    commands: dict[str, str] = {}
     for number, name in interleave(args.targets, args.rounds):
         with TARGETS[name](0.0) as running:
+            commands[name] = running.command
             request = encode_chat(running.endpoint)
             size = wrk.measure_response_bytes(running.endpoint, request, TOKENS)
             for connections in args.connections:
@@ -46,15 +48,16 @@ def run(args: argparse.Namespace) -> Report:
                 print_progress(
                     number, name, f"{connections:>4} connections {result.req_s:8.1f} req/s"
                 )
-    return _report(results, args.connections)
+    return _report(results, commands, args.connections)
 
 
-def _report(results: Results, connections: list[int]) -> Report:
+def _report(results: Results, commands: dict[str, str], connections: list[int]) -> Report:
     keys: dict[str, Summary] = {}
     for number in sorted(connections, key=lambda number: number != HEADLINE):
         suffix = "" if number == HEADLINE else f"_at_{number}"
         keys |= {f"{name}{suffix}": value for name, value in _keys(results, number).items()}
     return Report(
+        commands=commands,
         keys=keys,
         goals={key: f">= {goal:g}" for key, (_, goal) in RATIOS.items() if key in keys},
         tables=[

@@ -48,13 +48,15 @@ def run(args: argparse.Namespace) -> Report:
     """Measure the chosen servers, and the bare process as the baseline."""
     names = list(dict.fromkeys((*args.targets, BARE)))
     results: Results = defaultdict(list)
+    commands: dict[str, str] = {}
     for number, name in interleave(names, args.rounds):
         with TARGETS[name](PACE_S) as running:
+            commands[name] = running.command
             result = _measure(running, args.seconds * DURATION_FACTOR)
         results[name].append(result)
         ttft_ms = percentile(result.times.ttft_s, 50) * 1e3
         print_progress(number, name, f"TTFT p50 {ttft_ms:6.2f} ms")
-    return _report(results)
+    return _report(results, commands)
 
 
 def _measure(running: RunningTarget, seconds: float) -> PacedResult:
@@ -73,7 +75,7 @@ def _measure(running: RunningTarget, seconds: float) -> PacedResult:
     return PacedResult(times, {role: s / times.num_tokens * 1e6 for role, s in used.items()})
 
 
-def _report(results: Results) -> Report:
+def _report(results: Results, commands: dict[str, str]) -> Report:
     latencies = {
         name: {
             key: Summary(tuple(percentile(getattr(r.times, times), p) * 1e3 for r in rounds))
@@ -89,6 +91,7 @@ def _report(results: Results) -> Report:
     title = f"Latency in ms: {STREAMS} streams, engine with {PACE_S * 1e3:.0f} ms per token"
     costs = {name: [r.cpu_us_per_token for r in rounds] for name, rounds in results.items()}
     return Report(
+        commands=commands,
         keys=keys,
         goals={key: f"<= {goal:g}" for key, goal in GOALS.items() if key in keys},
         tables=[

@@ -6,17 +6,20 @@ processes whose parent has exited, such as Ray workers, HAProxy and vLLM's engin
 
 import contextlib
 import os
+import shlex
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
 from benchmarks.endpoint import Endpoint, TargetError
 from cluster.launch import processes
 from cluster.launch.stop import stop
+from cluster.models.store import home as cache
 
 ROOT = Path(__file__).parents[3]
 POLL_S = 0.05
@@ -31,6 +34,8 @@ class Home:
         self.path = path
         self.cluster_id = str(uuid.uuid4())
         self.log = path / "log"
+        self.commands: list[str] = []
+        """Command line of each process that was started, with its own environment variables."""
         self._children: list[subprocess.Popen[bytes]] = []
         self.environment = {
             **os.environ,
@@ -60,6 +65,9 @@ class Home:
                 start_new_session=True,  # Ctrl-C must reach only this process
             )
         self._children.append(child)
+        own = dict(set((environment or {}).items()) - set(self.environment.items()))
+        shown = format_command(command, dict(sorted(own.items())))
+        self.commands.append(shown.replace(str(self.path), "HOME"))
         return child
 
     def run(
@@ -105,6 +113,15 @@ class Home:
         stop(self.path, drain_s=0)
         for child in self._children:
             child.wait()
+
+
+def format_command(command: Iterable[str | Path], environment: Mapping[str, str]) -> str:
+    """Return a shell command, without the directories that differ between machines."""
+    variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+    line = " ".join([*variables, shlex.join(str(word) for word in command)])
+    for directory, short in ((sys.prefix, ".venv"), (str(cache()), "~/.cache/tandem")):
+        line = line.replace(directory, short)
+    return line
 
 
 @contextlib.contextmanager

@@ -1,18 +1,14 @@
 """Types that targets yield, and the engine configuration that all of them use."""
 
 import contextlib
-import shlex
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from benchmarks.endpoint import Endpoint, TargetError, send_request
 from benchmarks.targets.home import POLL_S, Home
-from cluster.models.store import home as cache
 
 SIM_MODEL = "sim"
 REAL_MODEL = "smollm2"
@@ -31,6 +27,11 @@ class RunningTarget:
     """Address for Ray jobs; empty if the target does not use Ray."""
     job_environment: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of such a job, in addition to those of the home."""
+
+    @property
+    def command(self) -> str:
+        """Command line of each process that was started."""
+        return " & ".join(self.home.commands)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +64,6 @@ def sim_generator(decode_s: float) -> dict[str, Any]:
         },
         "max_in_flight": MAX_STREAMS,
     }
-
-
-def format_command(command: Iterable[str | Path], environment: Mapping[str, str]) -> str:
-    """Return a shell command, without the directories that differ between machines."""
-    variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
-    line = " ".join([*variables, shlex.join(str(word) for word in command)])
-    for directory, short in ((sys.prefix, ".venv"), (str(cache()), "~/.cache/tandem")):
-        line = line.replace(directory, short)
-    return line
 
 
 def wait_first_token(

@@ -13,12 +13,11 @@ from typing import Any
 
 from benchmarks.endpoint import Endpoint
 from benchmarks.ports import free_ports
-from benchmarks.targets.home import Home, new_home
+from benchmarks.targets.home import Home, format_command, new_home
 from benchmarks.targets.running import (
     REAL_MODEL,
     ReadyTarget,
     RunningTarget,
-    format_command,
     wait_first_token,
 )
 from benchmarks.targets.serve_handle import tuned_serve_environment

@@ -15,7 +15,7 @@ import yaml
 
 from benchmarks.endpoint import Endpoint, TargetError
 from benchmarks.ports import free_ports
-from benchmarks.targets.home import ROOT, Home, new_home
+from benchmarks.targets.home import ROOT, Home, format_command, new_home
 from benchmarks.targets.running import (
     MAX_STREAMS,
     READY_S,
@@ -23,7 +23,6 @@ from benchmarks.targets.running import (
     SIM_MODEL,
     ReadyTarget,
     RunningTarget,
-    format_command,
     sim_generator,
     wait_first_token,
 )

@@ -18,7 +18,6 @@ from benchmarks.targets.running import (
     SIM_MODEL,
     ReadyTarget,
     RunningTarget,
-    format_command,
     wait_first_token,
 )
 from cluster.engines.vllm.environment import BINDING_VARIABLE, bind_threads
@@ -101,8 +100,8 @@ def vllm_serve(model: str, options: ServerOptions | None = None) -> Iterator[Rea
         home.spawn(*command, environment=options.environment)
         wait_first_token(home, endpoint, "/health")
         ready_s = time.monotonic() - began
-        shown = format_command(command, options.environment)
-        yield ReadyTarget(RunningTarget(endpoint, home), ready_s, shown)
+        running = RunningTarget(endpoint, home)
+        yield ReadyTarget(running, ready_s, running.command)
 
 
 @contextlib.contextmanager
