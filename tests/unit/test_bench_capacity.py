@@ -1,14 +1,8 @@
 import pytest
 
 from benchmarks.endpoint import TargetError
-from benchmarks.stream.capacity import (
-    FEW,
-    MOST,
-    STEP,
-    CapacityResult,
-    find_max_streams,
-    make_report,
-)
+from benchmarks.stream import capacity, idle
+from benchmarks.stream.capacity import FEW, MOST, STEP, find_max_streams
 from benchmarks.stream.targets import CLUSTER, VLLM_ROUTER
 
 
@@ -51,15 +45,11 @@ def test_a_server_that_fails_with_a_few_streams_has_no_limit() -> None:
 
 
 def test_failed_measurements_are_left_out_of_the_report() -> None:
-    report = make_report(
-        {
-            CLUSTER: [CapacityResult(300.0, 50.0), CapacityResult(400.0, 60.0)],
-            VLLM_ROUTER: [CapacityResult(200.0, None), CapacityResult(200.0, 30.0)],
-        }
-    )
+    report = capacity.make_report({CLUSTER: [300.0, 400.0], VLLM_ROUTER: [200.0, 200.0]}, {})
     assert report.keys["streams_per_core_vs_vllm_router"].rounds == (1.5, 2.0)
+    report = idle.make_report({CLUSTER: [50.0, 60.0], VLLM_ROUTER: [None, 30.0]}, {})
     assert report.keys["idle_pss_ratio_vs_vllm_router"].rounds == (2.0,)
     assert report.values["idle_pss_mb"]["tuned"].rounds == (30.0,)
-    failed = make_report({VLLM_ROUTER: [CapacityResult(None, None)]})
-    assert (failed.keys, failed.values["idle_pss_mb"]) == ({}, {})
-    assert list(failed.tables[0].rows) == [(VLLM_ROUTER, None, None)]
+    failed = idle.make_report({VLLM_ROUTER: [None]}, {})
+    assert (failed.keys, failed.goals, failed.values["idle_pss_mb"]) == ({}, {}, {})
+    assert list(failed.tables[0].rows) == [(VLLM_ROUTER, None)]

@@ -1,4 +1,4 @@
-"""Streams: throughput of an instant engine, latency, CPU time and capacity at its pace.
+"""Streams: throughput of an instant engine, latency, CPU time, capacity and memory at its pace.
 
 The servers run one after the other, each alone on the machine, all of them in every round.
 """
@@ -6,11 +6,17 @@ The servers run one after the other, each alone on the machine, all of them in e
 import argparse
 
 from benchmarks.report import Report
-from benchmarks.stream import capacity, cost, instant, paced
+from benchmarks.stream import capacity, cost, idle, instant, paced
 from benchmarks.stream.targets import TARGETS, prepare
 from benchmarks.wrk import require_wrk
 
-PARTS = {"instant": instant.run, "paced": paced.run, "cost": cost.run, "capacity": capacity.run}
+PARTS = {
+    "instant": instant.run,
+    "paced": paced.run,
+    "cost": cost.run,
+    "capacity": capacity.run,
+    "idle": idle.run,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
