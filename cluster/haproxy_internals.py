@@ -158,9 +158,6 @@ EMPTY_BACKEND_S = 15.0
 Serve sends one for some seconds during each deployment. HAProxy's health checks notice if the
 routers are really gone; it then uses its backup, Serve's own proxy.
 """
-PROXY_REST_S = 0.5
-"""Maximum delay of a call of a proxy, in seconds: Serve's health checks, every 10 s, and one of
-each new router. Changes of the routers come by long poll, which does not wait."""
 PROCESS_CHECK_S = 1.0
 """Interval of looking whether a reload has replaced HAProxy's process, in seconds."""
 DELETE_SERVERS_S = 5.0
@@ -209,7 +206,7 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
     compare_servers, is_emptied = server_comparison()
     _, is_usable = socket_checks()
     empty_s, delete_s, check_s = EMPTY_BACKEND_S, DELETE_SERVERS_S, PROCESS_CHECK_S
-    rests = signal_rest(PROXY_REST_S), server_rest()
+    rests = signal_rest(), server_rest()
 
     def set_up(actor: Any) -> str:
         import asyncio

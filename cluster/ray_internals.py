@@ -400,10 +400,8 @@ SIGNAL_REST_S = 0.2
 """Maximum sleep of a worker's main thread between two of Ray's checks for signals, in seconds."""
 
 
-def signal_rest(rest_s: float | None = None) -> Callable[[], None]:
+def signal_rest() -> Callable[[], None]:
     """Return a function that makes the main thread of this worker wake up less often.
-
-    ``rest_s`` is ``SIGNAL_REST_S`` by default.
 
     Ray checks for signals 100 times a second in the main thread of each worker, and has no setting
     for it. In an asynchronous actor, this thread only passes calls on to the event loop's thread.
@@ -412,7 +410,7 @@ def signal_rest(rest_s: float | None = None) -> Callable[[], None]:
 
     The function can be pickled by value, for actors that may be unable to import this package.
     """
-    rest_s = SIGNAL_REST_S if rest_s is None else rest_s
+    rest_s = SIGNAL_REST_S
 
     def rest_between_checks() -> None:
         import sys

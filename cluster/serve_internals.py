@@ -106,27 +106,6 @@ MEMBERS = (
     PrivateName(
         f"{_SERVE}.deployment_state:CONTROL_LOOP_INTERVAL_S", "see ``set_control_interval``"
     ),
-    *(
-        PrivateName(
-            f"{_SERVE}.replica:ReplicaMetricsManager.{name}", "see ``record_for_reports_only``"
-        )
-        for name in (
-            "start_metrics_pusher",
-            "_push_autoscaling_metrics",
-            "_add_autoscaling_metrics_point_async",
-            "RECORD_METRICS_TASK_NAME",
-        )
-    ),
-    PrivateName(
-        f"{_SERVE}.metrics_utils:MetricsPusher.register_or_update_task",
-        "see ``record_for_reports_only``",
-        "name task_func interval_s",
-    ),
-    PrivateName(
-        f"{_SERVE}.router:RouterMetricsManager.update_deployment_config",
-        "see ``report_nothing_from_handles``",
-        "deployment_config curr_num_replicas",
-    ),
     PrivateName("ray.serve.handle:DeploymentHandle._init", "see ``init_handle``"),
     PrivateName("ray.serve.handle:DeploymentHandle.is_initialized", "see ``init_handle``"),
     PrivateName(f"{_SERVE}.controller:ServeController.get_app_configs", "deployed configuration"),
@@ -228,58 +207,6 @@ def _add_socket(server: Any, open_socket: Callable[[], socket.socket]) -> None:
         await startup(sockets=[*sockets, *added])
 
     server.startup = startup_with_socket
-
-
-# -- reports for autoscaling ------------------------------------------------------------------
-
-_RECORD_S = 3600.0
-
-
-def record_for_reports_only() -> None:
-    """Have this replica call ``record_autoscaling_stats`` for each report to the controller.
-
-    Serve calls it five times per report and sends the last result, with the others. Its report is
-    then as old as the last call. Call this in the deployment's constructor.
-    """
-    from ray.serve._private.replica import ReplicaMetricsManager
-
-    start, push = (
-        ReplicaMetricsManager.start_metrics_pusher,
-        ReplicaMetricsManager._push_autoscaling_metrics,
-    )
-
-    if asyncio.iscoroutinefunction(push):  # it is this one already
-        return
-
-    async def record_and_push(manager: Any) -> None:
-        await manager._add_autoscaling_metrics_point_async()
-        push(manager)
-
-    def start_metrics_pusher(manager: Any) -> None:
-        start(manager)
-        name, record = (
-            manager.RECORD_METRICS_TASK_NAME,
-            manager._add_autoscaling_metrics_point_async,
-        )
-        manager._metrics_pusher.register_or_update_task(name, record, _RECORD_S)
-
-    ReplicaMetricsManager._push_autoscaling_metrics = record_and_push
-    ReplicaMetricsManager.start_metrics_pusher = start_metrics_pusher
-
-
-def report_nothing_from_handles() -> None:
-    """Have the handles of this process not report to the controller, which they do every 2 s.
-
-    They report requests queued and sent. Tandem's policies do not use it.
-    """
-    from ray.serve._private.router import RouterMetricsManager
-
-    def update_deployment_config(
-        manager: Any, deployment_config: Any, curr_num_replicas: int
-    ) -> None:
-        manager._deployment_config = deployment_config
-
-    RouterMetricsManager.update_deployment_config = update_deployment_config
 
 
 # -- handles ----------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from cluster.metrics import Registry, table
 from cluster.models.build import wait_for_builds
 from cluster.models.checksum import weights_checksum
 from cluster.ray_internals import signal_rest
-from cluster.serve_internals import confine_replica_to_loopback, record_for_reports_only
+from cluster.serve_internals import confine_replica_to_loopback
 from cluster.tracing import start_tracer
 from cluster.usage import Usage
 from deployments.autoscaling import CORE_SHARE, CREATED_AT, IN_FLIGHT, STARTUP_S
@@ -85,7 +85,6 @@ class EngineReplica:
         self._max_answer_s = operations.max_answer_s
         self._created_at = time.time() - process_age_s() + build_s
         confine_replica_to_loopback()
-        record_for_reports_only()
         log_with_serve()
         self._model = next(iter(pool.model_files), None)
         self._engine = engine = await self._make(make_engine)
@@ -287,7 +286,7 @@ class EngineReplica:
         )
         return info.to_metadata()
 
-    async def record_autoscaling_stats(self) -> dict[str, float]:
+    def record_autoscaling_stats(self) -> dict[str, float]:
         """Return this replica's report for autoscaling, which has more detail from the routers."""
         return {
             IN_FLIGHT: float(self._num_in_flight()),
@@ -359,11 +358,11 @@ class Generator(EngineReplica):
         self._num_workers = config.num_workers
         await self._start(make, config, operations)
 
-    async def record_autoscaling_stats(self) -> dict[str, float]:
+    def record_autoscaling_stats(self) -> dict[str, float]:
         """Return this replica's report, with the share of the node's cores that it uses."""
         num_cores = len(os.sched_getaffinity(0))
         share = core_share(os.environ, self._num_workers, num_cores)
-        return {**await super().record_autoscaling_stats(), CORE_SHARE: share}
+        return {**super().record_autoscaling_stats(), CORE_SHARE: share}
 
 
 class Classifier(EngineReplica):
@@ -383,11 +382,11 @@ class Classifier(EngineReplica):
             return await call_at_low_priority(make_engine)
         return make_engine()
 
-    async def record_autoscaling_stats(self) -> dict[str, float]:
+    def record_autoscaling_stats(self) -> dict[str, float]:
         """Return this replica's report, with the share of the node's cores that it uses."""
         num_cores = len(os.sched_getaffinity(0))
         share = min(1.0, (self._threads or num_cores) / num_cores)
-        return {**await super().record_autoscaling_stats(), CORE_SHARE: share}
+        return {**super().record_autoscaling_stats(), CORE_SHARE: share}
 
 
 def _log_failure(task: asyncio.Task[Any]) -> None:

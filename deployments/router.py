@@ -50,8 +50,6 @@ from cluster.serve_internals import (
     confine_replica_to_loopback,
     get_http_host,
     get_serve_logs_dir,
-    record_for_reports_only,
-    report_nothing_from_handles,
     wrap_http_app,
 )
 from cluster.tracing import start_tracer
@@ -90,8 +88,6 @@ class Router:
     ) -> None:
         self._max_answer_s = config.max_answer_s
         confine_replica_to_loopback()
-        record_for_reports_only()
-        report_nothing_from_handles()
         end_http10_bodies_by_closing()
         offer_direct_writes()
         http_host = await get_http_host(HTTP_HOST_TIMEOUT_S)
@@ -187,7 +183,7 @@ class Router:
         host, port = self._server.address
         return ReplicaInfo(id="", host=host, port=port).to_metadata()
 
-    async def record_autoscaling_stats(self) -> dict[str, float]:
+    def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the traffic by which pools and routers are scaled."""
         return self._gateway.load_report(time.monotonic(), time.process_time())
 

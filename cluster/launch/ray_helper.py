@@ -109,7 +109,7 @@ def _start_modules_on_demand() -> None:
 
 
 class _Started:
-    """Those of the dashboard's modules that have a process, at the time of each iteration."""
+    """The dashboard's modules that have a process, at the time of each iteration."""
 
     def __init__(self, handles: Iterable[Any]) -> None:
         self._handles = handles

@@ -111,9 +111,7 @@ async def test_a_replica_drains_at_the_request_of_a_router() -> None:
 
 
 async def until_queued(router: Any) -> None:
-    async with asyncio.timeout(60):
-        while (await router.record_autoscaling_stats())[f"{POOL}/queued"] != 1:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+    await until(lambda: router.record_autoscaling_stats()[f"{POOL}/queued"] == 1)
 
 
 async def test_a_router_finishes_answers_of_up_to_max_answer_s() -> None:
