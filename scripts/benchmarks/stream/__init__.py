@@ -27,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--connections", nargs="+", type=int, default=[1, 32, 256], help="concurrent streams"
     )
+    points = [point.name for point in cost.POINTS.values()]
+    parser.add_argument(
+        "--points", nargs="+", choices=points, default=points, help="streams of the part cost"
+    )
     parser.add_argument("--seconds", type=float, default=6.0, help="duration of each measurement")
 
 

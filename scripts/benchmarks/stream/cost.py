@@ -72,13 +72,14 @@ def run(args: argparse.Namespace) -> Report:
     """Measure the chosen servers at all points; those with the same pace share a server."""
     raise_file_limit()
     names = [name for name in PEERS if name in args.targets]
+    points = {suffix: point for suffix, point in POINTS.items() if point.name in args.points}
     results: Results = defaultdict(list)
     commands: dict[str, str] = {}
     for number, name in interleave(names, args.rounds):
-        for pace_s in dict.fromkeys(point.pace_s for point in POINTS.values()):
+        for pace_s in dict.fromkeys(point.pace_s for point in points.values()):
             with TARGETS[name](pace_s) as running:
                 commands[name] = running.command
-                for suffix, point in POINTS.items():
+                for suffix, point in points.items():
                     if point.pace_s == pace_s:
                         shown = "not measured"
                         with contextlib.suppress(TargetError, OSError):  # too many streams
